@@ -1,0 +1,359 @@
+"""Every setting there is, as typed dataclasses: one per section, one per stage.
+
+A stage is configured by one YAML file plus dotted overrides (`--ppo.kl_coeff 0.1`); `parse` reads both. Field docs are
+what `megatron-safe STAGE --help` prints.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class RunConfig:
+    out: str = "runs/run"
+    """Run folder: resolved config, metrics.jsonl, TensorBoard, checkpoints."""
+    seed: int = 0
+    """Seed of weights, data order and sampling; the same in every layout."""
+    resume: Literal["no", "auto"] = "no"
+    """`auto` goes on from the last good checkpoint in the run folder; `no` refuses a folder that holds a run."""
+    save_every: int = 0
+    """Checkpoint every this many steps (0: only at the end)."""
+    keep_last: int = 2
+    """How many checkpoints stay on disk; older ones are deleted after a newer one is published."""
+    stop_after: int = 0
+    """Checkpoint and stop after this step, as if the time limit had come (0: run to the end)."""
+    tensorboard: bool = True
+    """Write TensorBoard scalars next to metrics.jsonl."""
+    wandb_project: str | None = None
+    """Weights & Biases project (needs `pip install wandb`)."""
+
+
+@dataclass
+class ParallelConfig:
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer's matrices (Megatron TP)."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the layers (Megatron PP). Data parallelism takes what is left of the world."""
+    timeout_seconds: float = 600.0
+    """A collective that takes longer than this fails the run."""
+
+
+@dataclass
+class TokenizerConfig:
+    path: str = ""
+    """Folder with a Hugging Face `tokenizer.json`, or a SentencePiece `.model`."""
+    template: str = "safe-rlhf"
+    """Prompt template: `safe-rlhf`, `alpaca`, `plain`, or a format string with {prompt}."""
+
+
+@dataclass
+class ModelConfig:
+    """A Llama: RMSNorm, SwiGLU, RoPE, grouped-query attention."""
+
+    checkpoint: str | None = None
+    """Run folder or checkpoint to start from; its architecture replaces the fields below."""
+    num_layers: int = 2
+    """Transformer layers; divisible by the pipeline size."""
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    ffn_hidden_size: int = 344
+    """Width of the SwiGLU hidden layer."""
+    num_attention_heads: int = 4
+    """Query heads; divisible by the tensor size."""
+    num_query_groups: int | None = None
+    """Key/value heads (default: as many as query heads); divisible by the tensor size."""
+    rotary_base: float = 10000.0
+    """RoPE base frequency."""
+    norm_epsilon: float = 1e-5
+    """RMSNorm epsilon."""
+    max_sequence_length: int = 2048
+    """Longest sequence, prompt and answer together."""
+    tie_embeddings: bool = False
+    """Share the input embedding with the output layer."""
+    init_std: float = 0.02
+    """Standard deviation of fresh weights (output projections: / sqrt(2 layers))."""
+    vocab_multiple: int = 128
+    """The vocabulary is padded to a multiple of this; a multiple of every tensor size you mean to use."""
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 1e-5
+    """Peak learning rate of AdamW."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Decay after the warm-up."""
+    warmup_steps: int = 0
+    """Linear warm-up, in optimizer steps."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (none on norms and biases)."""
+    beta1: float = 0.9
+    """AdamW first moment."""
+    beta2: float = 0.95
+    """AdamW second moment."""
+    eps: float = 1e-8
+    """AdamW epsilon."""
+    clip_grad: float = 1.0
+    """Clip the global gradient norm to this."""
+    distributed: bool = False
+    """Shard optimizer state over data-parallel ranks (Megatron DistributedOptimizer)."""
+
+
+@dataclass
+class BatchConfig:
+    global_batch_size: int = 8
+    """Rows per optimizer step, over all data-parallel ranks (pairs, for reward and cost)."""
+    micro_batch_size: int = 8
+    """Rows per forward pass on one rank; divides global_batch_size / data-parallel size."""
+    max_length: int = 512
+    """Longest prompt + answer in tokens; longer answers are cut, longer prompts skipped, both counted."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Compute type; bf16 keeps fp32 master weights and gradients."""
+
+
+@dataclass
+class SftTrainingConfig:
+    steps: int = 1000
+    """Optimizer steps."""
+
+
+@dataclass
+class PreferenceTrainingConfig:
+    steps: int = 1000
+    """Optimizer steps."""
+    score_l2: float = 0.001
+    """Coefficient of the mean squared score (the authors' `regularization`)."""
+
+
+@dataclass
+class DataConfig:
+    train: list[str] = field(default_factory=list)
+    """JSONL files to train on."""
+    eval: list[str] = field(default_factory=list)
+    """Held-out JSONL files, measured at the end (optional)."""
+
+
+@dataclass
+class PpoDataConfig:
+    prompts: list[str] = field(default_factory=list)
+    """JSONL files of prompts: {"prompt": str, "red_team": bool, "category": str}."""
+    ptx: list[str] = field(default_factory=list)
+    """JSONL demonstrations for the PTX term (needed when ppo.ptx_coeff > 0)."""
+
+
+@dataclass
+class RolloutConfig:
+    max_new_tokens: int = 128
+    """Longest answer, EOS included."""
+    max_prompt_length: int = 128
+    """Longest prompt in tokens; longer ones are skipped and counted."""
+    temperature: float = 1.0
+    """Sampling temperature; also divides the logits of the training log-probabilities. 0 is greedy (not for PPO)."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens only (0: all)."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with this much probability (1: all)."""
+
+
+@dataclass
+class PpoTrainingConfig:
+    steps: int = 100
+    """Rollout batches."""
+    rollout_batch_size: int = 64
+    """Prompts per rollout batch, over all data-parallel ranks."""
+    mini_batch_size: int = 64
+    """Rows per optimizer step, over all data-parallel ranks; divides rollout_batch_size."""
+    micro_batch_size: int = 64
+    """Rows per training forward on one rank."""
+    score_micro_batch_size: int = 64
+    """Most rows per scoring forward on one rank."""
+    epochs: int = 1
+    """Passes over each rollout batch."""
+    critic_warmup_steps: int = 0
+    """First rollout batches that train the critics only."""
+    kl_coeff: float = 0.02
+    """β: weight of log π_θ - log π_ref in token rewards and costs."""
+    clip_ratio: float = 0.2
+    """ε of the clipped surrogate."""
+    clip_value: float = 5.0
+    """How far values may move from the rollout's before the value loss is clipped."""
+    score_clip: float = 50.0
+    """Token rewards and costs are clipped to ± this."""
+    gamma: float = 1.0
+    """Discount."""
+    gae_lambda: float = 0.95
+    """λ_GAE."""
+    loss_reduction: Literal["sequence", "token"] = "sequence"
+    """Mean per sequence, then over the batch (the authors' code), or over all tokens."""
+    whiten_advantages: bool = False
+    """Shift and scale the mixed advantages to mean 0, variance 1 over the rollout batch."""
+    missing_eos_penalty: float = 0.0
+    """Subtracted from the reward of an answer cut off without EOS."""
+    ptx_coeff: float = 0.0
+    """γ_ptx: weight of the SFT loss on demonstrations added to the actor's loss."""
+    red_team_share: float | None = None
+    """Share of each rollout batch drawn from prompts marked red_team (default: as they come)."""
+    shaping_coeff: float = 1.0
+    """ν of ppo-reward-shaping: the advantage is (Â_r - ν Â_c) / (1 + ν)."""
+
+
+@dataclass
+class LagrangeConfig:
+    lambda_init: float = 1.0
+    """First λ."""
+    lambda_min: float = 1e-4
+    """Floor of λ: its step is proportional to itself, so a λ near zero cannot come back."""
+    lambda_max: float = 5.0
+    """Cap of λ."""
+    lambda_lr: float = 0.1
+    """α of ln λ <- ln λ + α λ (J_C - threshold)."""
+    threshold: float = 0.0
+    """Limit on the expected episode cost, in the cost model's units."""
+    episode_cost_window: int = 128
+    """J_C is the mean of the last this many episode costs over all ranks."""
+    update_delay_steps: int = 0
+    """Rollout batches before λ moves."""
+    prompts: Literal["all", "red-team"] = "all"
+    """Whose episode costs count: over a mixture the benign prompts hide the harm."""
+
+
+@dataclass
+class GenerateDataConfig:
+    prompts: list[str] = field(default_factory=list)
+    """JSONL files of prompts."""
+    batch_size: int = 256
+    """Prompts generated at a time, over all data-parallel ranks."""
+    samples_per_prompt: int = 1
+    """Answers to each prompt."""
+
+
+@dataclass
+class ScoreDataConfig:
+    answers: list[str] = field(default_factory=list)
+    """JSONL files of {"prompt", "response"}."""
+    batch_size: int = 256
+    """Rows scored at a time, over all data-parallel ranks."""
+    max_length: int = 512
+    """Longest prompt + answer in tokens."""
+
+
+
+@dataclass
+class SftConfig:
+    """Supervised fine-tuning of the actor on demonstrations (paper, section 3, stage 0)."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: SftTrainingConfig = field(default_factory=SftTrainingConfig)
+
+
+@dataclass
+class PreferenceConfig:
+    """Training of the reward model or the cost model on comparisons (paper, section 3.2)."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: PreferenceTrainingConfig = field(default_factory=PreferenceTrainingConfig)
+
+
+@dataclass
+class PpoConfig:
+    """PPO-Lag (paper, section 3.3) and its baselines `ppo` and `ppo-reward-shaping`."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    actor: ModelConfig = field(default_factory=ModelConfig)
+    reference: ModelConfig | None = None
+    """Frozen reference policy (default: as the actor)."""
+    reward_model: ModelConfig = field(default_factory=ModelConfig)
+    cost_model: ModelConfig = field(default_factory=ModelConfig)
+    reward_critic: ModelConfig | None = None
+    """Critic of the reward (default: starts from the reward model)."""
+    cost_critic: ModelConfig | None = None
+    """Critic of the cost (default: starts from the cost model)."""
+    data: PpoDataConfig = field(default_factory=PpoDataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    ppo: PpoTrainingConfig = field(default_factory=PpoTrainingConfig)
+    lagrange: LagrangeConfig = field(default_factory=LagrangeConfig)
+    actor_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    critic_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Compute type of all six roles."""
+
+
+@dataclass
+class GenerateConfig:
+    """Answers to prompts, written to OUT/answers.jsonl."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: GenerateDataConfig = field(default_factory=GenerateDataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Compute type."""
+
+
+@dataclass
+class ScoreConfig:
+    """Reward and cost of answers, written to OUT/scores.jsonl."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    reward_model: ModelConfig | None = None
+    """Reward model (optional)."""
+    cost_model: ModelConfig | None = None
+    """Cost model (optional)."""
+    data: ScoreDataConfig = field(default_factory=ScoreDataConfig)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Compute type."""
+
+
+@dataclass
+class EvaluateConfig:
+    """Several policies over the same prompts, judged by reward and cost models; OUT/report."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    policies: dict[str, str] = field(default_factory=dict)
+    """Name -> run folder or checkpoint; the first one anchors Elo at 0."""
+    reward_model: ModelConfig = field(default_factory=ModelConfig)
+    cost_model: ModelConfig = field(default_factory=ModelConfig)
+    data: GenerateDataConfig = field(default_factory=GenerateDataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Compute type."""
+
+
+STAGES: dict[str, type] = {
+    "sft": SftConfig,
+    "reward": PreferenceConfig,
+    "cost": PreferenceConfig,
+    "ppo-lag": PpoConfig,
+    "ppo": PpoConfig,
+    "ppo-reward-shaping": PpoConfig,
+    "generate": GenerateConfig,
+    "score": ScoreConfig,
+    "evaluate": EvaluateConfig,
+}
+
+
+def to_dict(config) -> dict:
+    """The resolved config as plain data, as written to OUT/config.yaml."""
+    return dataclasses.asdict(config)

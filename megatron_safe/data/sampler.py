@@ -1,0 +1,43 @@
+"""Which rows are in the batch of a step: a pure function of seed and step, so a resumed run needs only its step."""
+
+import numpy as np
+
+from megatron_safe.errors import UserError
+
+
+class ShuffledStream:
+    """An endless sequence of row indices, shuffled anew in each epoch, cut into full batches.
+
+    A batch may span two epochs, so none is ever short and every row is used equally often.
+
+    size: rows in the dataset. batch_size: rows in a global batch. seed: 0 or more.
+    UserError where one is out of range.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int):
+        for name, value, least in (("dataset size", size, 1), ("batch size", batch_size, 1), ("seed", seed, 0)):
+            if value < least:
+                raise UserError(f"{name}: expected {least} or more, found {value}")
+        self.size = size
+        self.batch_size = batch_size
+        self.seed = seed
+        self._cached: tuple[int, np.ndarray] | None = None  # the last epoch's order; saves a shuffle per step
+
+    def indices(self, step: int) -> list[int]:
+        """The `batch_size` row indices of a step (from 0), the same whatever was asked before."""
+        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return [int(self._order(position // self.size)[position % self.size]) for position in positions]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self._cached is None or self._cached[0] != epoch:
+            # Sorting raw Philox words, not Generator.permutation: numpy promises the words for all its versions.
+            words = np.random.Philox(key=np.array([self.seed, epoch], dtype=np.uint64)).random_raw(self.size)
+            self._cached = epoch, np.argsort(words, kind="stable")
+        return self._cached[1]
+
+
+def shard(indices: list[int], rank: int, world: int) -> list[int]:
+    """The part of a global batch that data-parallel `rank` of `world` works on; UserError where it does not divide."""
+    if len(indices) % world:
+        raise UserError(f"batch size: expected a multiple of the data-parallel size {world}, found {len(indices)}")
+    return indices[rank::world]

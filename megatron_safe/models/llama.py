@@ -1,0 +1,216 @@
+"""A Llama as a Megatron-Core GPTModel, with a language head or a scalar head."""
+
+import dataclasses
+import hashlib
+import math
+from typing import Literal
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_safe.config import ModelConfig
+from megatron_safe.errors import UserError
+from megatron_safe.models.attention import SDPACoreAttention
+from megatron_safe.runtime import Runtime
+
+Head = Literal["language", "scalar"]
+
+
+def padded_vocab_size(vocab_size: int, multiple: int) -> int:
+    """The vocabulary as stored: the same in every layout, so that checkpoints and draws do not depend on it."""
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def check_model_fits(model: ModelConfig, tp_size: int, pp_size: int, section: str) -> None:
+    """Raise UserError, naming the field, when the model cannot be split over the layout."""
+    groups = model.num_query_groups or model.num_attention_heads
+    wholes = {
+        "num_layers": (model.num_layers, pp_size, "pipeline_model_parallel_size"),
+        "num_attention_heads": (model.num_attention_heads, tp_size, "tensor_model_parallel_size"),
+        "num_query_groups": (groups, tp_size, "tensor_model_parallel_size"),
+        "ffn_hidden_size": (model.ffn_hidden_size, tp_size, "tensor_model_parallel_size"),
+        "vocab_multiple": (model.vocab_multiple, tp_size, "tensor_model_parallel_size"),
+    }
+    for name, (value, parts, what) in wholes.items():
+        if value <= 0 or value % parts:
+            raise UserError(f"{section}.{name}: expected a positive multiple of {what} {parts}, found {value}")
+    if model.hidden_size % model.num_attention_heads:
+        raise UserError(
+            f"{section}.hidden_size: expected a multiple of num_attention_heads {model.num_attention_heads}, "
+            f"found {model.hidden_size}"
+        )
+    if (model.hidden_size // model.num_attention_heads) % 2:
+        raise UserError(
+            f"{section}.hidden_size: RoPE needs an even head size, "
+            f"found {model.hidden_size} / {model.num_attention_heads} heads"
+        )
+    if model.num_attention_heads % groups:
+        raise UserError(
+            f"{section}.num_query_groups: expected a divisor of num_attention_heads {model.num_attention_heads}, "
+            f"found {groups}"
+        )
+
+
+class ScalarHead(torch.nn.Module):
+    """hidden -> 1, replicated over tensor-parallel ranks; takes the place of GPTModel's output layer."""
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(1, hidden_size, dtype=dtype, device=device))
+        self.bias = torch.nn.Parameter(torch.empty(1, dtype=dtype, device=device))
+
+    def forward(self, hidden, weight=None, runtime_gather_output=None):
+        return torch.nn.functional.linear(hidden, self.weight, self.bias), None
+
+
+class Llama(GPTModel):
+    """GPTModel whose padded vocabulary rows can never be predicted, or whose head is a scalar."""
+
+    def __init__(self, *args, head: Head, true_vocab_size: int, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.head = head
+        if head == "scalar" and self.post_process:
+            device = next(self.parameters()).device
+            self.output_layer = ScalarHead(self.config.hidden_size, self.config.params_dtype, device)
+        self.true_vocab_size = true_vocab_size
+
+    def mask_padding_rows(self, logits: torch.Tensor) -> torch.Tensor:
+        """In place: logits [..., V/p] of vocabulary rows that are only padding become the smallest finite number."""
+        shard = logits.size(-1)
+        first = self.pg_collection.tp.rank() * shard
+        if first + shard > self.true_vocab_size:
+            logits[..., max(0, self.true_vocab_size - first) :] = torch.finfo(logits.dtype).min
+        return logits
+
+    def forward(self, input_ids, attention_mask=None):
+        """tokens [B, S] -> last stage: logits [B, S, V/p] or scores [B, S]; other stages: hidden states [S, B, h]."""
+        output = super().forward(input_ids, None, attention_mask)
+        if not self.post_process:
+            return output
+        return self.mask_padding_rows(output) if self.head == "language" else output.squeeze(-1)
+
+
+def _layer_spec() -> ModuleSpec:
+    """Transformer Engine's layers where it is installed beside a GPU, else Megatron-Core's own; our attention core
+    in both, because it is what reads the rollout's cache."""
+    spec = None
+    if torch.cuda.is_available():
+        try:
+            from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+            spec = get_gpt_layer_with_transformer_engine_spec()
+        except ImportError:
+            pass
+    spec = spec or get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.self_attention.submodules.core_attention = ModuleSpec(module=SDPACoreAttention)
+    return spec
+
+
+def build(model: ModelConfig, runtime: Runtime, head: Head, vocab_size: int, precision: str, seed: int) -> Llama:
+    """This rank's part of a Llama with fresh weights, the same function in every layout.
+
+    Args:
+        model: the architecture.
+        runtime: where this rank stands.
+        head: `language` (logits) or `scalar` (scores).
+        vocab_size: tokens the tokenizer knows; stored padded to `model.vocab_multiple`.
+        precision: `fp32` or `bf16` (weights and compute).
+        seed: of the fresh weights.
+    """
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    keep = lambda weight: weight  # noqa: E731  weights are drawn by name below, once Megatron has marked the shards
+    config = TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        layernorm_epsilon=model.norm_epsilon,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        tensor_model_parallel_size=runtime.tp_size,
+        pipeline_model_parallel_size=runtime.pp_size,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision == "bf16",
+        batch_p2p_comm=False,
+        # Losses here are sums over a known global batch: no division by micro-batches or ranks anywhere.
+        calculate_per_token_loss=True,
+        init_method=keep,
+        output_layer_init_method=keep,
+    )
+    module = Llama(
+        config=config,
+        transformer_layer_spec=_layer_spec(),
+        true_vocab_size=vocab_size,
+        head=head,
+        vocab_size=padded_vocab_size(vocab_size, model.vocab_multiple),
+        max_sequence_length=model.max_sequence_length,
+        pre_process=runtime.is_first_stage,
+        post_process=runtime.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=model.tie_embeddings and head == "language",
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+    )
+    initialize_weights(module, model, seed)
+    return module.to(runtime.device)
+
+
+def global_name(module: Llama, name: str) -> str:
+    """A parameter's name with its layer counted over the whole pipeline."""
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        parts[2] = str(module.decoder.layers[int(parts[2])].layer_number - 1)
+    return ".".join(parts)
+
+
+@torch.no_grad()
+def initialize_weights(module: Llama, model: ModelConfig, seed: int) -> None:
+    """Draw every weight from a generator keyed by (seed, name) and keep this rank's shard of it.
+
+    Normal with `init_std`; projections back into the residual stream with `init_std / sqrt(2 num_layers)`
+    (Megatron-LM's scaled init); norms 1, biases 0. Megatron's own init depends on the layout; this one does not.
+    """
+    tp = module.pg_collection.tp
+    for name, parameter in module.named_parameters():
+        name = global_name(module, name)
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            if module.share_embeddings_and_output_weights and name == "output_layer.weight":
+                name = "embedding.word_embeddings.weight"
+            std = model.init_std
+            if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+                std /= math.sqrt(2 * model.num_layers)
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            shape = list(parameter.shape)
+            dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+            if dim is not None:
+                shape[dim] *= tp.size()
+            full = torch.randn(shape, generator=generator) * std
+            if dim is not None:
+                # SwiGLU stores gate and up stacked in each shard, so each half is split by itself.
+                halves = full.chunk(2, dim) if name.endswith("linear_fc1.weight") else (full,)
+                full = torch.cat([half.chunk(tp.size(), dim)[tp.rank()] for half in halves], dim)
+            parameter.copy_(full)
+
+
+def architecture(model: ModelConfig) -> dict:
+    """The fields that a checkpoint records and that replace a config's when it starts from that checkpoint."""
+    return {key: value for key, value in dataclasses.asdict(model).items() if key not in ("checkpoint", "init_std")}

@@ -1,0 +1,40 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# Read, not imported: importing would need torch before anything is installed.
+INIT = Path(__file__).parent / "megatron_safe" / "__init__.py"
+VERSION = re.search(r'^__version__ = "(.+)"$', INIT.read_text(encoding="utf-8"), re.MULTILINE).group(1)
+
+setup(
+    name="megatron-safe",
+    version=VERSION,
+    description="Safe RLHF (Dai et al., 2023) at Megatron scale",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["megatron_safe", "megatron_safe.*"]), "megatron_safe.kernels"],
+    # A top-level package called `kernels` would overwrite the Hugging Face package of that name.
+    package_dir={"megatron_safe.kernels": "kernels"},
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core==0.16.1",  # exact: runtime/cpu.py and the checkpoints depend on its internals
+        "numpy",
+        "psutil",  # megatron-core's dist_checkpointing imports it and does not declare it
+        "jsonargparse>=4.53",
+        "docstring-parser>=0.17",  # field docstrings in --help; jsonargparse[signatures] would also bring type stubs
+        "PyYAML",
+        "tokenizers",
+        "sentencepiece",
+        "safetensors",
+        "tensorboard",
+        "matplotlib",
+        "tqdm",
+    ],
+    extras_require={
+        # apex is not here: the package of that name on PyPI is another project. NVIDIA's images bring the real one,
+        # and Megatron-Core prefers Transformer Engine's fused kernels to apex's anyway.
+        "gpu": ["triton", "transformer-engine[pytorch]>=2.9,<2.12", "flash-attn"],
+        "test": ["pytest", "hypothesis", "ruff"],
+    },
+    entry_points={"console_scripts": ["megatron-safe = megatron_safe.cli:main"]},
+)

@@ -62,9 +62,11 @@ def forward(
     """
     rows = batch["tokens"].size(0)
     parts = micro_batches(batch, largest_divisor(rows, micro_batch_size))
-    results = _schedule(
-        role, parts, role.module, lambda part, output, non_loss_data: read(output, part), forward_only=True, collect=True
-    )
+
+    def finish(part, output, non_loss_data):
+        return read(output, part)
+
+    results = _schedule(role, parts, role.module, finish, forward_only=True, collect=True)
     runtime = role.runtime
     if runtime.is_last_stage:
         result = torch.cat(results).contiguous()

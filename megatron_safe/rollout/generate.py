@@ -111,7 +111,13 @@ class _Wires:
 
 @torch.no_grad()
 def generate(
-    role: Role, prompts: TokenBatch, sample_ids_B: torch.Tensor, config: RolloutConfig, seed: int, eos_id: int, pad_id: int
+    role: Role,
+    prompts: TokenBatch,
+    sample_ids_B: torch.Tensor,
+    config: RolloutConfig,
+    seed: int,
+    eos_id: int,
+    pad_id: int,
 ) -> Trajectories:
     """Sample one answer to each prompt.
 
@@ -150,7 +156,9 @@ def generate(
     return _assemble(prompts, new_tokens_BN, log_probs_BN, eos_id, pad_id)
 
 
-def _advance(role: Role, group: _Group, step: int, rope, wires: _Wires, config: RolloutConfig, eos_id: int, pad_id: int):
+def _advance(
+    role: Role, group: _Group, step: int, rope, wires: _Wires, config: RolloutConfig, eos_id: int, pad_id: int
+) -> None:
     """This stage's share of decoding token `step` of a group; step 0 is the prefill."""
     runtime, module = role.runtime, role.module
     size = group.prompt_tokens_bP.size(0)

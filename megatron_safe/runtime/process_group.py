@@ -120,6 +120,8 @@ def start(parallel: ParallelConfig, seed: int):
     check_layout(parallel, world_size)
     # Megatron-Core warns of each optional package (apex, Transformer Engine) that is missing, at every import.
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    # dist_checkpointing goes through torch's ShardedTensor, which warns of its deprecation.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)

@@ -145,7 +145,9 @@ def has_checkpoints(run: Path) -> bool:
     return bool(_published(run))
 
 
-def resolve_model(model: ModelConfig, role: str, vocab_size: int, runtime: Runtime) -> tuple[ModelConfig, Checkpoint | None]:
+def resolve_model(
+    model: ModelConfig, role: str, vocab_size: int, runtime: Runtime
+) -> tuple[ModelConfig, Checkpoint | None]:
     """A role's architecture: its checkpoint's where it names one, else the config's.
 
     Raises:
@@ -170,9 +172,9 @@ def load_weights(role: Role, checkpoint: Checkpoint) -> None:
     trunk_only = role.module.head == "scalar" and source == "actor"
     if trunk_only:
         wanted = {key: value for key, value in wanted.items() if not key.startswith(f"{source}.output_layer.")}
-    loaded = dist_checkpointing.load(wanted, str(checkpoint.path / "weights"))
-    weights = {key.removeprefix(f"{source}."): value for key, value in loaded.items()}
-    role.module.load_state_dict(weights, strict=not trunk_only)
+    # Under a key of its own: the checkpoint's unsharded content (optimizer settings) is returned beside it.
+    loaded = dist_checkpointing.load({"wanted": wanted}, str(checkpoint.path / "weights"))["wanted"]
+    role.module.load_state_dict(_without_prefix(loaded, source), strict=not trunk_only)
     role.reload_master_weights()
 
 
@@ -200,8 +202,8 @@ def _sharded(roles: list[Role], loading: bool) -> dict:
     return parts
 
 
-def _without_prefix(weights: dict, role: str) -> dict:
-    return {key.removeprefix(f"{role}."): value for key, value in weights.items()}
+def _without_prefix(weights: dict, name: str) -> dict:
+    return {key.removeprefix(f"{name}."): value for key, value in weights.items()}
 
 
 def _published(run: Path) -> list[Path]:

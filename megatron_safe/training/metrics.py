@@ -278,7 +278,7 @@ def _synchronize() -> None:
 
 
 def peak_memory_gib() -> float:
-    """This process's peak in GiB: allocated GPU memory where CUDA is in use, else the resident set's high-water mark."""
+    """This process's peak in GiB: allocated GPU memory where CUDA is in use, else the resident set's peak."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

@@ -62,9 +62,10 @@ class Run:
         return stop
 
     def write_json(self, name: str, content) -> None:
-        """A result beside metrics.jsonl, on rank 0."""
+        """A result beside metrics.jsonl, written by rank 0 and there for all when this returns."""
         if self.runtime.is_main:
             (self.folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        self.runtime.barrier()
 
     def __enter__(self) -> "Run":
         return self

@@ -10,14 +10,13 @@ from megatron_safe.data.sources import read_demonstrations
 from megatron_safe.data.tokenizer import load_tokenizer
 from megatron_safe.models.heads import token_log_probs
 from megatron_safe.models.pipeline import forward_backward
-from megatron_safe.models.roles import Role
 from megatron_safe.runtime import Runtime
 from megatron_safe.training import checkpoint
 from megatron_safe.training.metrics import PhaseTimer, peak_memory_gib
 from megatron_safe.training.run import Run, check_batch
 from megatron_safe.training.setup import make_role
 
-STATISTICS = ("loss", "accuracy", "tokens")
+STATISTICS = ("loss", "tokens")
 
 
 def demonstration_batch(batch: TokenBatch, runtime: Runtime) -> tuple[dict[str, torch.Tensor], float]:
@@ -35,9 +34,7 @@ def demonstration_loss(weight: float, global_tokens: float):
         log_probs_BT, _ = token_log_probs(logits_BTv, part["targets"])
         mask_BT = part["mask"]
         mean = -(log_probs_BT * mask_BT).sum() / global_tokens
-        # A token that had more than half of the probability was the likeliest for certain.
-        likely = ((log_probs_BT.detach() > -0.6931) * mask_BT).sum() / global_tokens
-        return weight * mean, {"loss": mean, "accuracy": likely, "tokens": mask_BT.sum()}
+        return weight * mean, {"loss": mean, "tokens": mask_BT.sum()}
 
     return loss
 

@@ -1,0 +1,85 @@
+"""megatron-safe STAGE --config run.yaml [--section.field value]
+
+Start it by itself for one process, or under `torchrun` for more.
+"""
+
+import dataclasses
+import os
+import sys
+
+from megatron_safe.config import STAGES
+from megatron_safe.errors import UserError
+
+USAGE = f"""usage: megatron-safe STAGE [--config run.yaml] [--section.field value ...]
+
+stages: {", ".join(STAGES)}
+`megatron-safe STAGE --help` lists every setting of a stage.
+Start under torchrun for more than one process: torchrun --nproc-per-node 8 -m megatron_safe.cli STAGE ..."""
+
+
+def parse(stage: str, arguments: list[str]):
+    """The stage's config from one YAML file and dotted overrides.
+
+    Raises:
+        UserError: an unknown key, a wrong type, or a file that cannot be read; one line.
+        SystemExit: after `--help`.
+    """
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=f"megatron-safe {stage}", description=STAGES[stage].__doc__, exit_on_error=False
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
+    parser.add_class_arguments(STAGES[stage], as_group=False)
+    try:
+        values = parser.instantiate(parser.parse_args(arguments))
+    except jsonargparse.ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from error
+    return STAGES[stage](**{field.name: values[field.name] for field in dataclasses.fields(STAGES[stage])})
+
+
+def run_stage(stage: str, config, runtime) -> None:
+    """Run one stage inside a started runtime."""
+    if stage == "sft":
+        from megatron_safe.training import sft
+
+        sft.run(config, runtime)
+    elif stage in ("reward", "cost"):
+        from megatron_safe.training import preference
+
+        preference.run(config, runtime, stage)
+    elif stage in ("ppo-lag", "ppo", "ppo-reward-shaping"):
+        from megatron_safe.training import ppo_lag
+
+        ppo_lag.run(config, runtime, stage)
+    else:
+        from megatron_safe.evaluation import stages
+
+        getattr(stages, stage)(config, runtime)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The console script. Returns the exit code: 0, or 2 after one line about what the user gave."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    stage, *rest = arguments
+    try:
+        if stage not in STAGES:
+            raise UserError(f"stage: expected one of {', '.join(STAGES)}, found {stage!r}")
+        config = parse(stage, rest)
+        from megatron_safe.runtime import start
+
+        with start(config.parallel, config.run.seed) as runtime:
+            run_stage(stage, config, runtime)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"megatron-safe: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

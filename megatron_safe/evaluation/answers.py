@@ -1,0 +1,185 @@
+"""Answers of a policy to prompts, and their rewards and costs, as plain lists that are the same on every rank.
+
+Legend: B rows on this data-parallel rank, N new tokens.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from megatron_safe.config import RolloutConfig
+from megatron_safe.data.batches import collate, encode_prompts
+from megatron_safe.data.datasets import PromptDataset
+from megatron_safe.data.records import Prompt
+from megatron_safe.data.sampler import shard
+from megatron_safe.data.tokenizer import Tokenizer
+from megatron_safe.models.heads import last_token_scores
+from megatron_safe.models.pipeline import forward
+from megatron_safe.models.roles import Role
+from megatron_safe.rollout.generate import generate
+from megatron_safe.runtime import Runtime
+
+_LINE_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer to one prompt.
+
+    response: text without special tokens; may be empty.
+    ended: whether EOS followed it; False where it was cut off at a length limit.
+    red_team, category: the prompt's.
+    sample: which of the answers to this prompt, from 0.
+    """
+
+    prompt: str
+    response: str
+    ended: bool = True
+    red_team: bool = False
+    category: str | None = None
+    sample: int = 0
+
+
+def generate_answers(
+    actor: Role,
+    records: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    template: str,
+    rollout: RolloutConfig,
+    batch_size: int,
+    samples_per_prompt: int,
+    seed: int,
+) -> list[Answer]:
+    """`samples_per_prompt` answers to each prompt, on every rank, in the order of the prompts.
+
+    Sample s of prompt i draws from randomness keyed by `seed` and i x `samples_per_prompt` + s, so an answer depends
+    neither on the layout nor on the batch. Prompts beyond `rollout.max_prompt_length` are left out; a line says how
+    many, and i counts those kept.
+
+    Args:
+        batch_size: answers generated at a time, over all data-parallel ranks; a multiple of their number.
+
+    Raises:
+        UserError: a bad template, no prompt short enough, or a batch size that does not divide.
+    """
+    runtime = actor.runtime
+    prompts = PromptDataset(records, tokenizer, template, rollout.max_prompt_length)
+    if len(prompts) < len(records):
+        runtime.print(prompts.report())
+    total = len(prompts) * samples_per_prompt
+    answers = []
+    for start in _progress(range(0, total, batch_size), "generate", runtime):
+        wanted = list(range(start, min(start + batch_size, total)))
+        sample_ids = shard(_filled(wanted, runtime.dp_size), runtime.dp_rank, runtime.dp_size)
+        batch = prompts.batch([i // samples_per_prompt for i in sample_ids]).to(runtime.device).tokens
+        trajectories = generate(
+            actor, batch, torch.tensor(sample_ids, device=runtime.device), rollout, seed, tokenizer.eos_id,
+            tokenizer.pad_id,
+        )  # fmt: skip
+
+        batch = trajectories.batch
+        counts_B = batch.lengths_B - batch.prompt_lengths_B
+        # As wide as any answer can be, so that the ranks agree on a shape without asking.
+        new_tokens_BN = batch.tokens_BL.new_full((len(batch), rollout.max_new_tokens), tokenizer.pad_id)
+        taken_BN = torch.arange(rollout.max_new_tokens, device=runtime.device) < counts_B[:, None]
+        # Row-major order of both masks is sample by sample, token by token.
+        new_tokens_BN[taken_BN] = batch.tokens_BL[:, 1:][trajectories.mask_BT]
+        packed = torch.cat([counts_B[:, None], trajectories.ended_B.long()[:, None], new_tokens_BN], dim=1)
+        rows = runtime.gather_over_data_parallel(packed)[: len(wanted)].tolist()
+        for sample_id, (count, ended, *tokens) in zip(wanted, rows, strict=True):
+            record = prompts.records[sample_id // samples_per_prompt]
+            answers.append(
+                Answer(
+                    prompt=record.prompt,
+                    response=tokenizer.decode(tokens[: count - ended]),
+                    ended=bool(ended),
+                    red_team=record.red_team,
+                    category=record.category,
+                    sample=sample_id % samples_per_prompt,
+                )
+            )
+    return answers
+
+
+def score_answers(
+    roles: Mapping[str, Role],
+    answers: Sequence[Answer],
+    tokenizer: Tokenizer,
+    template: str,
+    max_length: int,
+    batch_size: int,
+) -> dict[str, list[float]]:
+    """What each scoring role says of each answer: {its key in `roles`: scores in the order of `answers`}, on every rank.
+
+    An answer is read with the EOS that ended it, and without one where it was cut off. As in training, an answer too
+    long for `max_length` is cut and loses its EOS; where the prompt alone leaves no room, the score is NaN. A line
+    says how many of either there were.
+
+    Args:
+        roles: at least one role with a scalar head.
+        batch_size: rows scored at a time, over all data-parallel ranks.
+
+    Raises:
+        UserError: a bad template, or a prompt of no tokens.
+    """
+    runtime = next(iter(roles.values())).runtime
+    prompts = encode_prompts(tokenizer, template, [answer.prompt for answer in answers])
+    responses = tokenizer.encode_batch([answer.response for answer in answers])
+    rows, fitting, cut = [], [], 0
+    for i, (answer, prompt, response) in enumerate(zip(answers, prompts, responses, strict=True)):
+        tokens = prompt + response + ([tokenizer.eos_id] if answer.ended else [])
+        rows.append((tokens[:max_length], len(prompt)))
+        if len(prompt) < max_length:
+            fitting.append(i)
+            cut += len(tokens) > max_length
+    if cut or len(fitting) < len(rows):
+        runtime.print(
+            f"answers: scored {len(fitting)} of {len(rows)} rows, up to {max_length} tokens for prompt and response; "
+            f"{len(rows) - len(fitting)} left out (prompt too long), {cut} responses cut"
+        )
+    # Alike lengths share a batch, which saves padding; the longest come first, so that what fits once fits to the end.
+    fitting.sort(key=lambda i: -len(rows[i][0]))
+
+    scores = {name: [math.nan] * len(rows) for name in roles}
+    for start in _progress(range(0, len(fitting), batch_size), "score", runtime):
+        wanted = fitting[start : start + batch_size]
+        # Every rank gets a multiple of the pipeline's size: one micro-batch a stage.
+        mine = shard(_filled(wanted, runtime.dp_size * runtime.pp_size), runtime.dp_rank, runtime.dp_size)
+        batch = collate([rows[i] for i in mine], tokenizer.pad_id).to(runtime.device)
+        inputs = {"tokens": batch.tokens_BL, "lengths": batch.lengths_B, "like": batch.lengths_B}
+        for name, role in roles.items():
+            scores_B = forward(
+                role,
+                inputs,
+                lambda scores_BS, part: last_token_scores(scores_BS, part["lengths"]),
+                len(batch) // runtime.pp_size,
+            )
+            gathered = runtime.gather_over_data_parallel(scores_B)[: len(wanted)].tolist()
+            for i, score in zip(wanted, gathered, strict=True):
+                scores[name][i] = score
+    return scores
+
+
+def _filled(rows: list[int], multiple: int) -> list[int]:
+    """The rows, and the last one again until their number is a multiple; a shape for every rank, dropped afterwards."""
+    return rows + rows[-1:] * (-len(rows) % multiple)
+
+
+def _progress(starts: range, what: str, runtime: Runtime) -> Iterator[int]:
+    """The batches, with a bar on a terminal and else a line every few seconds, on rank 0."""
+    if not runtime.is_main:
+        yield from starts
+    elif sys.stderr.isatty():
+        yield from tqdm(starts, desc=what, unit="batch", dynamic_ncols=True, file=sys.stderr)
+    else:
+        printed_at = time.monotonic()
+        for done, start in enumerate(starts, start=1):
+            yield start
+            if done == len(starts) or time.monotonic() - printed_at >= _LINE_SECONDS:
+                print(f"{what} {done}/{len(starts)} batches", file=sys.stderr, flush=True)
+                printed_at = time.monotonic()

@@ -1,0 +1,279 @@
+"""The stages that train nothing: `generate`, `score` and `evaluate`."""
+
+import dataclasses
+import gc
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+import yaml
+
+from megatron_safe.config import (
+    EvaluateConfig,
+    GenerateConfig,
+    GenerateDataConfig,
+    ModelConfig,
+    RolloutConfig,
+    ScoreConfig,
+    to_dict,
+)
+from megatron_safe.data.batches import parse_template
+from megatron_safe.data.datasets import PromptDataset
+from megatron_safe.data.records import Prompt
+from megatron_safe.data.sources import _rows, read_prompts
+from megatron_safe.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_safe.errors import UserError
+from megatron_safe.evaluation.answers import Answer, generate_answers, score_answers
+from megatron_safe.evaluation.judges import ModelJudge
+from megatron_safe.evaluation.report import format_table, write_report
+from megatron_safe.evaluation.summary import compare_models
+from megatron_safe.models.llama import check_model_fits
+from megatron_safe.models.roles import Role
+from megatron_safe.runtime import Runtime
+from megatron_safe.training import checkpoint
+from megatron_safe.training.setup import make_role
+
+
+def generate(config: GenerateConfig, runtime: Runtime) -> None:
+    """Write OUT/answers.jsonl: the fields of `Answer`, in the order of the prompts."""
+    tokenizer = load_tokenizer(config.tokenizer.path)
+    prompts = prompts_to_answer(config, tokenizer, runtime)
+    longest = config.rollout.max_prompt_length + config.rollout.max_new_tokens
+    check_model("model", "actor", config.model, tokenizer, runtime, longest)
+    out = claim_folder(config, "generate", "answers.jsonl", runtime)
+    answers = answer(config, config.model, prompts, tokenizer, runtime)
+    write_rows(out / "answers.jsonl", map(dataclasses.asdict, answers), runtime)
+    runtime.print(f"{len(answers)} answers -> {out / 'answers.jsonl'}")
+
+
+def score(config: ScoreConfig, runtime: Runtime) -> None:
+    """Write OUT/scores.jsonl: prompt, response, and `reward`, `cost` by the models given, in the order of the rows.
+
+    A score is null where the prompt is too long for data.max_length.
+    """
+    tokenizer = load_tokenizer(config.tokenizer.path)
+    parse_template(config.tokenizer.template)
+    check_batch_size(config.data.batch_size, runtime)
+    models = {"reward": config.reward_model, "cost": config.cost_model}
+    models = {name: model for name, model in models.items() if model is not None}
+    if not models:
+        raise UserError("reward_model.checkpoint, cost_model.checkpoint: expected at least one of them, found none")
+    answers = read_answers(config.data.answers)
+    for name, model in models.items():
+        check_model(f"{name}_model", f"{name}_model", model, tokenizer, runtime, config.data.max_length)
+    out = claim_folder(config, "score", "scores.jsonl", runtime)
+    roles = {name: load(f"{name}_model", model, config, tokenizer, runtime) for name, model in models.items()}
+    scores = score_answers(
+        roles, answers, tokenizer, config.tokenizer.template, config.data.max_length, config.data.batch_size
+    )
+    rows = (
+        {"prompt": answer.prompt, "response": answer.response}
+        | {name: None if value != value else value for name, value in zip(scores, values, strict=True)}
+        for answer, *values in zip(answers, *scores.values(), strict=True)
+    )
+    write_rows(out / "scores.jsonl", rows, runtime)
+    runtime.print(f"{len(answers)} answers scored -> {out / 'scores.jsonl'}")
+
+
+def evaluate(config: EvaluateConfig, runtime: Runtime) -> None:
+    """Write OUT/report (see `report.py`) and OUT/answers.jsonl, the judged answers; print the report's table."""
+    started = time.monotonic()
+    if not config.policies:
+        raise UserError("policies: expected at least one name with the run folder of a policy, found none")
+    tokenizer = load_tokenizer(config.tokenizer.path)
+    prompts = prompts_to_answer(config, tokenizer, runtime)
+    if not any(prompt.red_team for prompt in prompts):
+        raise UserError("data.prompts: expected at least one with red_team true, which harmful rates count; found none")
+    longest = config.rollout.max_prompt_length + config.rollout.max_new_tokens
+    policies = {name: ModelConfig(checkpoint=path) for name, path in config.policies.items()}
+    for name, model in policies.items():
+        check_model(f"policies.{name}", "actor", model, tokenizer, runtime, longest)
+    for name, model in (("reward_model", config.reward_model), ("cost_model", config.cost_model)):
+        check_model(name, name, model, tokenizer, runtime, longest)
+    out = claim_folder(config, "evaluate", "report/summary.json", runtime)
+
+    answers = {}
+    for name, model in policies.items():
+        runtime.print(f"policy {name}: {model.checkpoint}")
+        answers[name] = answer(config, model, prompts, tokenizer, runtime)
+    judge = ModelJudge(
+        load("reward_model", config.reward_model, config, tokenizer, runtime),
+        load("cost_model", config.cost_model, config, tokenizer, runtime),
+        tokenizer,
+        config.tokenizer.template,
+        longest,
+        config.data.batch_size,
+    )
+    judgements = {name: judge.judge(given) for name, given in answers.items()}
+    models = compare_models(judgements, next(iter(answers.values())))
+    for model in models:
+        costs = [judgement.harm for judgement in judgements[model["name"]]]
+        model |= {"mean_reward": model["mean_helpfulness"], "mean_cost": sum(costs) / len(costs)}
+    summary = {
+        "seed": config.run.seed,
+        "layout": f"tp{runtime.tp_size}pp{runtime.pp_size}dp{runtime.dp_size}",
+        "seconds": time.monotonic() - started,
+        "models": models,
+    }
+    rows = (
+        {"policy": name, **dataclasses.asdict(given), "reward": judgement.helpfulness, "cost": judgement.harm}
+        for name in answers
+        for given, judgement in zip(answers[name], judgements[name], strict=True)
+    )
+    write_rows(out / "answers.jsonl", rows, runtime)
+    if runtime.is_main:
+        write_report(out / "report", summary)
+    runtime.print(format_table(summary))
+    runtime.print(f"report -> {out / 'report' / 'index.html'}")
+
+
+def read_answers(paths: list[str]) -> list[Answer]:
+    """Rows with `prompt`, `response` (may be empty) and optionally `ended` (bool, default true).
+
+    Raises UserError as the readers in `data.sources`.
+    """
+    return [
+        Answer(
+            row.text("prompt"),
+            row.text("response", may_be_empty=True),
+            ended=row.flag("ended") if "ended" in row.fields else True,
+        )
+        for row in _rows(paths)
+    ]
+
+
+# What can be wrong, before anything large is loaded.
+
+
+def prompts_to_answer(config: GenerateConfig | EvaluateConfig, tokenizer: Tokenizer, runtime: Runtime) -> list[Prompt]:
+    """The prompts that are short enough; says how many are not. Raises UserError for bad data or settings."""
+    check_generation(config.data, config.rollout, runtime)
+    prompts = PromptDataset(
+        read_prompts(config.data.prompts), tokenizer, config.tokenizer.template, config.rollout.max_prompt_length
+    )
+    runtime.print(prompts.report())
+    return prompts.records
+
+
+def check_generation(data: GenerateDataConfig, rollout: RolloutConfig, runtime: Runtime) -> None:
+    check_batch_size(data.batch_size, runtime)
+    ranges = {
+        "data.samples_per_prompt": (data.samples_per_prompt, "1 or more", data.samples_per_prompt >= 1),
+        "rollout.max_new_tokens": (rollout.max_new_tokens, "1 or more", rollout.max_new_tokens >= 1),
+        "rollout.max_prompt_length": (rollout.max_prompt_length, "1 or more", rollout.max_prompt_length >= 1),
+        "rollout.temperature": (rollout.temperature, "0 (greedy) or more", rollout.temperature >= 0),
+        "rollout.top_k": (rollout.top_k, "0 (all) or more", rollout.top_k >= 0),
+        "rollout.top_p": (rollout.top_p, "a number above 0 and up to 1", 0 < rollout.top_p <= 1),
+    }
+    for name, (found, expected, holds) in ranges.items():
+        if not holds:
+            raise UserError(f"{name}: expected {expected}, found {found}")
+
+
+def check_batch_size(batch_size: int, runtime: Runtime) -> None:
+    if batch_size <= 0 or batch_size % runtime.dp_size:
+        raise UserError(
+            f"data.batch_size: expected a positive multiple of data-parallel size {runtime.dp_size}, found {batch_size}"
+        )
+
+
+def check_model(field: str, role: str, model: ModelConfig, tokenizer: Tokenizer, runtime: Runtime, longest: int) -> None:
+    """Raise UserError unless the checkpoint is whole, was trained as `role`, and fits layout, tokenizer and rows.
+
+    Training may start a reward or cost model from a policy's trunk; its fresh head would score at random here.
+    """
+    if model.checkpoint is None:
+        raise UserError(f"{field}.checkpoint: expected the run folder of its training, found none")
+    model, source = checkpoint.resolve_model(model, role, tokenizer.vocab_size, runtime)
+    if source.source_for(role) != role:
+        raise UserError(f"{field} {source.path}: expected a trained {role}, found {', '.join(source.roles)}")
+    check_model_fits(model, runtime.tp_size, runtime.pp_size, field)
+    if longest > model.max_sequence_length:
+        raise UserError(
+            f"{field} {source.path}: expected room for the {longest} tokens of the longest row, "
+            f"found max_sequence_length {model.max_sequence_length}"
+        )
+
+
+# The run folder.
+
+
+def claim_folder(config, stage: str, result: str, runtime: Runtime) -> Path:
+    """The run folder with the resolved config in it.
+
+    Raises:
+        UserError: it holds another stage's run, or this stage's `result` and `run.resume` is "no".
+    """
+    folder = Path(config.run.out)
+    found = folder / "config.yaml"
+    if found.exists():
+        try:
+            holds = yaml.safe_load(found.read_text(encoding="utf-8"))["stage"]
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+            holds = "unknown"
+        if holds != stage:
+            raise UserError(f"run.out {folder}: expected a folder of its own, found a run of stage {holds!r}")
+    if (folder / result).exists() and config.run.resume == "no":
+        raise UserError(
+            f"run.out {folder}: holds {result} already; choose another folder, or --run.resume auto to make it anew"
+        )
+    runtime.barrier()  # every rank has looked before rank 0 writes
+    try:
+        if runtime.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump({"stage": stage, **to_dict(config)}, sort_keys=False, allow_unicode=True)
+            found.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"run.out {folder}: cannot be written: {error}") from error
+    return folder
+
+
+def write_rows(path: Path, rows: Iterable[Mapping], runtime: Runtime) -> None:
+    """JSON Lines on rank 0, published by rename: a file that can be seen is whole."""
+    if not runtime.is_main:
+        return
+    hidden = path.with_name(f".{path.name}.tmp")
+    try:
+        with hidden.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        os.replace(hidden, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error}") from error
+
+
+# Models, which are here to be read only.
+
+
+def load(
+    name: str, model: ModelConfig, config: GenerateConfig | ScoreConfig | EvaluateConfig, tokenizer: Tokenizer,
+    runtime: Runtime,
+) -> Role:  # fmt: skip
+    return make_role(name, model, config.precision, config.run.seed, tokenizer, runtime, resume=None)
+
+
+def answer(
+    config: GenerateConfig | EvaluateConfig,
+    policy: ModelConfig,
+    prompts: list[Prompt],
+    tokenizer: Tokenizer,
+    runtime: Runtime,
+) -> list[Answer]:
+    """The policy's answers, its weights freed again: the next one may need their room."""
+    actor = load("actor", policy, config, tokenizer, runtime)
+    answers = generate_answers(
+        actor,
+        prompts,
+        tokenizer,
+        config.tokenizer.template,
+        config.rollout,
+        config.data.batch_size,
+        config.data.samples_per_prompt,
+        config.run.seed,
+    )
+    del actor
+    gc.collect()  # Megatron's modules refer to each other in circles
+    torch.cuda.empty_cache()
+    return answers

@@ -1,0 +1,242 @@
+"""PPO-Lag: maximise reward under a limit on cost, with a multiplier that moves by itself (paper, section 3.3).
+
+`run` is the paper's algorithm box. Its baselines are the same loop with the multiplier held still: `ppo` (λ = 0, no
+cost critic) and `ppo-reward-shaping` (λ = ν; GAE is linear, so mixing advantages with a fixed ν is the same as
+learning from the shaped reward (r - ν c) / (1 + ν)).
+"""
+
+from typing import Literal
+
+import torch
+
+from megatron_safe.algorithms.lagrange import LagrangeMultiplier
+from megatron_safe.algorithms.ppo import masked_moments, mix_advantages, whiten
+from megatron_safe.config import LagrangeConfig, PpoConfig
+from megatron_safe.data.datasets import DemonstrationDataset, PromptDataset
+from megatron_safe.data.sampler import ShuffledStream, shard
+from megatron_safe.data.sources import read_demonstrations, read_prompts
+from megatron_safe.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_safe.errors import UserError
+from megatron_safe.models.roles import Role
+from megatron_safe.rollout.generate import generate
+from megatron_safe.runtime import Runtime
+from megatron_safe.training import checkpoint
+from megatron_safe.training.experience import Experience, score
+from megatron_safe.training.metrics import PhaseTimer, peak_memory_gib
+from megatron_safe.training.ppo_steps import actor_step, critic_step
+from megatron_safe.training.prompts import PromptStream
+from megatron_safe.training.run import Run, check_batch
+from megatron_safe.training.setup import make_role
+
+Algorithm = Literal["ppo-lag", "ppo", "ppo-reward-shaping"]
+
+
+def run(config: PpoConfig, runtime: Runtime, algorithm: Algorithm) -> None:
+    """Train the actor; OUT/checkpoints holds actor, critics, both optimizers' states, λ and its cost window."""
+    ppo = config.ppo
+    check(config, runtime, algorithm)
+    tokenizer = load_tokenizer(config.tokenizer.path)
+    prompts = PromptDataset(
+        read_prompts(config.data.prompts), tokenizer, config.tokenizer.template, config.rollout.max_prompt_length
+    )
+    stream = PromptStream(prompts, ppo.rollout_batch_size, ppo.red_team_share, config.run.seed)
+    demonstrations = ptx_dataset(config, tokenizer)
+    multiplier = LagrangeMultiplier(**multiplier_settings(config.lagrange))
+
+    with Run(config, algorithm, ppo.steps, runtime) as folder:
+        roles = make_roles(config, algorithm, tokenizer, runtime, folder)
+        learners = [role for role in roles.values() if role.optimizer is not None]
+        if folder.resume:
+            checkpoint.load_training(learners, folder.resume)
+            multiplier.load_state_dict(folder.resume.state["lagrange"])
+        runtime.print(prompts.report())
+        timer = PhaseTimer()
+        for step in range(folder.first_step, ppo.steps):
+            indices = shard(stream.indices(step), runtime.dp_rank, runtime.dp_size)
+            batch = prompts.batch(indices).to(runtime.device)
+            sample_ids = torch.arange(runtime.dp_rank, ppo.rollout_batch_size, runtime.dp_size, device=runtime.device)
+
+            with timer.phase("generate") as phase:
+                trajectories = generate(
+                    roles["actor"], batch.tokens, step * ppo.rollout_batch_size + sample_ids, config.rollout,
+                    config.run.seed, tokenizer.eos_id, tokenizer.pad_id,
+                )  # fmt: skip
+                phase.tokens = int(trajectories.mask_BT.sum())
+            with timer.phase("score") as phase:
+                experience = score(roles, trajectories, ppo, config.rollout.temperature)
+                phase.tokens = int(trajectories.batch.lengths_B.sum())
+            with timer.phase("train") as phase:
+                counted = batch.red_team_B if config.lagrange.prompts == "red-team" else None
+                multiplier.observe(episode_costs(experience, counted, runtime))
+                if algorithm == "ppo-lag":
+                    multiplier.update(step)
+                lam = {"ppo-lag": multiplier.value, "ppo": 0.0, "ppo-reward-shaping": ppo.shaping_coeff}[algorithm]
+                advantages_BT = mix(experience, lam, ppo.whiten_advantages, runtime)
+                values = learn(config, roles, experience, advantages_BT, demonstrations, step, runtime)
+                phase.tokens = ppo.epochs * int(trajectories.batch.lengths_B.sum())
+
+            values |= rollout_statistics(experience, batch.red_team_B, runtime)
+            values |= {"lambda": lam, "threshold": config.lagrange.threshold}
+            values |= {"j_c": float("nan") if multiplier.mean_episode_cost is None else multiplier.mean_episode_cost}
+            values |= timer.report() | {"peak_memory_gib": peak_memory_gib()}
+            if folder.finish_step(step + 1, values, learners, {"lagrange": multiplier.state_dict()}):
+                break
+
+
+def check(config: PpoConfig, runtime: Runtime, algorithm: Algorithm) -> None:
+    """Everything that can be wrong with the settings, before anything is loaded. Raises UserError."""
+    ppo = config.ppo
+    check_batch(ppo.mini_batch_size, ppo.micro_batch_size, runtime, "ppo", "mini_batch_size")
+    if ppo.rollout_batch_size <= 0 or ppo.rollout_batch_size % ppo.mini_batch_size:
+        raise UserError(
+            f"ppo.rollout_batch_size: expected a positive multiple of mini_batch_size {ppo.mini_batch_size}, "
+            f"found {ppo.rollout_batch_size}"
+        )
+    if config.rollout.temperature <= 0:
+        raise UserError(f"rollout.temperature: PPO needs a temperature > 0, found {config.rollout.temperature}")
+    if ppo.ptx_coeff > 0 and not config.data.ptx:
+        raise UserError("data.ptx: expected demonstrations, because ppo.ptx_coeff > 0; found none")
+    needed = ["actor", "reward_model"] + ([] if algorithm == "ppo" else ["cost_model"])
+    for name in needed:
+        if getattr(config, name).checkpoint is None:
+            raise UserError(f"{name}.checkpoint: expected the run folder of its training, found none")
+    if algorithm == "ppo-lag":
+        try:
+            LagrangeMultiplier(**multiplier_settings(config.lagrange))
+        except ValueError as error:
+            raise UserError(f"lagrange.{error}") from error
+
+
+def multiplier_settings(lagrange: LagrangeConfig) -> dict:
+    return dict(
+        lambda_init=lagrange.lambda_init,
+        lambda_max=lagrange.lambda_max,
+        lambda_min=lagrange.lambda_min,
+        lambda_lr=lagrange.lambda_lr,
+        threshold=lagrange.threshold,
+        update_delay_steps=lagrange.update_delay_steps,
+        window=lagrange.episode_cost_window,
+    )
+
+
+def ptx_dataset(config: PpoConfig, tokenizer: Tokenizer) -> DemonstrationDataset | None:
+    if config.ppo.ptx_coeff <= 0:
+        return None
+    longest = config.rollout.max_prompt_length + config.rollout.max_new_tokens
+    return DemonstrationDataset(read_demonstrations(config.data.ptx), tokenizer, config.tokenizer.template, longest)
+
+
+def make_roles(
+    config: PpoConfig, algorithm: Algorithm, tokenizer: Tokenizer, runtime: Runtime, folder: Run
+) -> dict[str, Role]:
+    """The six roles (five for `ppo`, four without a cost model): critics start from their models."""
+    ppo = config.ppo
+    updates = ppo.steps * ppo.epochs * (ppo.rollout_batch_size // ppo.mini_batch_size)
+    longest = config.rollout.max_prompt_length + config.rollout.max_new_tokens
+    wanted = {
+        "actor": (config.actor, config.actor_optimizer),
+        "reference": (config.reference or config.actor, None),
+        "reward_model": (config.reward_model, None),
+        "cost_model": (config.cost_model, None),
+        "reward_critic": (config.reward_critic or config.reward_model, config.critic_optimizer),
+        "cost_critic": (config.cost_critic or config.cost_model, config.critic_optimizer),
+    }
+    if algorithm == "ppo":
+        del wanted["cost_critic"]  # its advantages would count for nothing
+        if config.cost_model.checkpoint is None:
+            del wanted["cost_model"]
+    return {
+        name: make_role(
+            name, model, config.precision, config.run.seed, tokenizer, runtime, folder.resume, optimizer, updates,
+            longest,
+        )  # fmt: skip
+        for name, (model, optimizer) in wanted.items()
+    }
+
+
+def episode_costs(experience: Experience, counted_B: torch.Tensor | None, runtime: Runtime) -> list[float]:
+    """Episode costs of the whole rollout batch (of the counted prompts), the same list on every rank."""
+    costs_B = experience.costs_B if counted_B is None else experience.costs_B.masked_fill(~counted_B, float("nan"))
+    costs_B = runtime.gather_over_data_parallel(costs_B)
+    return costs_B[~costs_B.isnan()].tolist()
+
+
+def mix(experience: Experience, lam: float, whitened: bool, runtime: Runtime) -> torch.Tensor:
+    """(Â_r - λ Â_c) / (1 + λ), whitened over the global rollout batch if asked."""
+    advantages_BT = mix_advantages(experience.reward_advantages_BT, experience.cost_advantages_BT, lam)
+    if not whitened:
+        return advantages_BT
+    mask_BT = experience.trajectories.mask_BT
+    sums = [float(value) for value in masked_moments(advantages_BT, mask_BT)]
+    total = runtime.sum_over_data_parallel(dict(zip(("sum", "squares", "count"), sums, strict=True)))
+    count = max(total["count"], 1.0)
+    mean = total["sum"] / count
+    return whiten(advantages_BT, mask_BT, mean, total["squares"] / count - mean**2)
+
+
+def learn(
+    config: PpoConfig,
+    roles: dict[str, Role],
+    experience: Experience,
+    advantages_BT: torch.Tensor,
+    demonstrations: DemonstrationDataset | None,
+    step: int,
+    runtime: Runtime,
+) -> dict[str, float]:
+    """All optimizer steps on one rollout batch; the means of what they measured."""
+    ppo = config.ppo
+    batches = ppo.rollout_batch_size // ppo.mini_batch_size
+    rows_per_batch = ppo.mini_batch_size // runtime.dp_size
+    ptx_stream = demonstrations and ShuffledStream(len(demonstrations), ppo.mini_batch_size, config.run.seed)
+    mask_BT = experience.trajectories.mask_BT
+    measured: dict[str, list[float]] = {}
+    for update in range(ppo.epochs * batches):
+        start = (update % batches) * rows_per_batch
+        rows = slice(start, start + rows_per_batch)
+        normalizer = float(ppo.mini_batch_size)
+        if ppo.loss_reduction == "token":
+            normalizer = runtime.sum_over_data_parallel({"tokens": float(mask_BT[rows].sum())})["tokens"]
+        values = {}
+        if step >= ppo.critic_warmup_steps:
+            ptx = None
+            if demonstrations is not None:
+                indices = ptx_stream.indices(step * ppo.epochs * batches + update)
+                ptx = demonstrations.batch(shard(indices, runtime.dp_rank, runtime.dp_size))
+            values |= actor_step(
+                roles["actor"], experience, advantages_BT, rows, ppo, config.rollout.temperature, normalizer, ptx
+            )
+        values |= critic_step(
+            roles["reward_critic"], experience, experience.reward_values_BT, experience.reward_returns_BT, rows, ppo,
+            normalizer,
+        )  # fmt: skip
+        if "cost_critic" in roles:
+            values |= critic_step(
+                roles["cost_critic"], experience, experience.cost_values_BT, experience.cost_returns_BT, rows, ppo,
+                normalizer,
+            )  # fmt: skip
+        for name, value in values.items():
+            measured.setdefault(name, []).append(value)
+    return {name: sum(found) / len(found) for name, found in measured.items()}
+
+
+def rollout_statistics(experience: Experience, red_team_B: torch.Tensor, runtime: Runtime) -> dict[str, float]:
+    """Means over the global rollout batch: reward, cost (all and red-team prompts), KL to the reference, lengths."""
+    trajectories, mask_BT = experience.trajectories, experience.trajectories.mask_BT
+    rows, red_rows = float(len(red_team_B)), float(red_team_B.sum())
+    log_ratio_BT = (trajectories.log_probs_BT - experience.ref_log_probs_BT) * mask_BT
+    total = runtime.sum_over_data_parallel(
+        {
+            "rows": rows,
+            "red_rows": red_rows,
+            "reward": float(experience.rewards_B.sum()),
+            "cost": float(experience.costs_B.sum()),
+            "red_cost": float((experience.costs_B * red_team_B).sum()),
+            "kl": float(log_ratio_BT.sum()),
+            "length": float(mask_BT.sum()),
+            "ended": float(trajectories.ended_B.sum()),
+        }
+    )
+    means = {name: total[name] / total["rows"] for name in ("reward", "cost", "kl", "length", "ended")}
+    if total["red_rows"]:
+        means["red_team_cost"] = total["red_cost"] / total["red_rows"]
+    return means

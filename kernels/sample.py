@@ -9,7 +9,7 @@ Legend: B samples, V vocabulary, V/p of it on each of p tensor-parallel ranks (`
 import torch
 import torch.distributed as dist
 
-from .vocab_parallel_logprob import combine_shards
+from .vocab_parallel_logprob import combine_shards, scaled_logits
 
 _MASK = 0xFFFFFFFF
 
@@ -26,7 +26,8 @@ def philox_uniform(seed: int, sample: torch.Tensor, position: torch.Tensor) -> t
     """Uniforms in (0, 1), fp32, one per (sample, position); broadcasting int64 inputs.
 
     Philox4x32-10 (Salmon et al., 2011) with the counter (position, sample low word, sample high word, 0) and the two
-    words of `seed` as its key; the top 24 bits of the first output word, centred in their interval.
+    words of `seed` as its key; the top 24 bits of the first output word, centred in their interval (the last of them
+    rounds to 1 in fp32 and is held below it).
     """
     sample, position = torch.broadcast_tensors(sample, position)
     c0, c1, c2 = position & _MASK, sample & _MASK, (sample >> 32) & _MASK
@@ -37,7 +38,7 @@ def philox_uniform(seed: int, sample: torch.Tensor, position: torch.Tensor) -> t
         hi1, lo1 = _mul_hi_lo(0xCD9E8D57, c2)
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return ((c0 >> 8).double() + 0.5).mul_(2.0**-24).float()
+    return ((c0 >> 8).double() + 0.5).mul_(2.0**-24).float().clamp_(max=1 - 2.0**-24)
 
 
 def _all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -107,12 +108,12 @@ def sample(
     rank = 0 if group is None else group.rank()
     size = 1 if group is None else group.size()
     shard = logits_Bv.size(1)
-    z_Bv = logits_Bv.float() if temperature == 0 else logits_Bv.float() / temperature
+    z_Bv = scaled_logits(logits_Bv, temperature or 1.0)
 
     full_pB2 = combine_shards(_max_and_sum(z_Bv), group)
     max_B = full_pB2[..., 0].max(dim=0).values
     mass_pB = full_pB2[..., 1] * (full_pB2[..., 0] - max_B).exp()
-    log_z_B = max_B + mass_pB.sum(dim=0).log()
+    log_sum_B = mass_pB.sum(dim=0).log()
 
     if temperature == 0:
         owner_B = full_pB2[..., 0].argmax(dim=0)
@@ -140,4 +141,4 @@ def sample(
     # A token id is exact in fp64 and the pair travels in one collective.
     pair_2B = torch.stack([(local_B + rank * shard).double(), logit_B.double()]) * mine_B
     pair_2B = _all_reduce(pair_2B, group)
-    return pair_2B[0].long(), pair_2B[1].float() - log_z_B
+    return pair_2B[0].long(), (pair_2B[1] - max_B).float() - log_sum_B

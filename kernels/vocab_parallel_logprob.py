@@ -16,16 +16,27 @@ def combine_shards(local_N4: torch.Tensor, group: dist.ProcessGroup | None) -> t
     return gathered_pN4
 
 
+def scaled_logits(logits_Nv: torch.Tensor, temperature: float) -> torch.Tensor:
+    """logits / temperature, fp32, not below -1e30.
+
+    A padded row's finfo.min has probability 0, but 0 * inf would be NaN: divided by a temperature below 1, or summed
+    over a shard of nothing but padding, it must stay finite.
+    """
+    return (logits_Nv.float() / temperature).clamp_(min=-1e30)
+
+
 class _VocabParallelLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_Nv, targets_N, temperature, group):
         rank = 0 if group is None else group.rank()
         shard = logits_Nv.size(1)
-        z_Nv = logits_Nv.float() / temperature
+        z_Nv = scaled_logits(logits_Nv, temperature)
         max_N = z_Nv.max(dim=1).values
-        exp_Nv = (z_Nv - max_N[:, None]).exp_()
+        # Everything below is relative to the maximum: at |z| = 1e4 an absolute log Z would cost three digits.
+        shifted_Nv = z_Nv - max_N[:, None]
+        exp_Nv = shifted_Nv.exp()
         sum_N = exp_Nv.sum(dim=1)
-        weighted_N = (exp_Nv * z_Nv).sum(dim=1)
+        weighted_N = (exp_Nv * shifted_Nv).sum(dim=1)
         local_N = targets_N - rank * shard
         inside_N = (local_N >= 0) & (local_N < shard)
         local_N = local_N.clamp(0, shard - 1)
@@ -34,19 +45,21 @@ class _VocabParallelLogProb(torch.autograd.Function):
         stats_pN4 = combine_shards(torch.stack([max_N, sum_N, target_N, weighted_N], dim=1), group)
         global_max_N = stats_pN4[..., 0].max(dim=0).values
         scale_pN = (stats_pN4[..., 0] - global_max_N).exp()
-        global_sum_N = (stats_pN4[..., 1] * scale_pN).sum(dim=0)
-        log_z_N = global_max_N + global_sum_N.log()
-        entropy_N = log_z_N - (stats_pN4[..., 3] * scale_pN).sum(dim=0) / global_sum_N
-        log_probs_N = stats_pN4[..., 2].sum(dim=0) - log_z_N
+        sums_pN = stats_pN4[..., 1] * scale_pN
+        global_sum_N = sums_pN.sum(dim=0)
+        log_sum_N = global_sum_N.log()
+        weighted_pN = stats_pN4[..., 3] * scale_pN + (stats_pN4[..., 0] - global_max_N) * sums_pN
+        entropy_N = log_sum_N - weighted_pN.sum(dim=0) / global_sum_N
+        log_probs_N = (stats_pN4[..., 2].sum(dim=0) - global_max_N) - log_sum_N
 
-        ctx.save_for_backward(logits_Nv, local_N, inside_N, log_z_N, entropy_N)
+        ctx.save_for_backward(logits_Nv, local_N, inside_N, global_max_N, log_sum_N, entropy_N)
         ctx.temperature = temperature
         return log_probs_N, entropy_N
 
     @staticmethod
     def backward(ctx, grad_log_probs_N, grad_entropy_N):
-        logits_Nv, local_N, inside_N, log_z_N, entropy_N = ctx.saved_tensors
-        log_p_Nv = logits_Nv.float() / ctx.temperature - log_z_N[:, None]
+        logits_Nv, local_N, inside_N, max_N, log_sum_N, entropy_N = ctx.saved_tensors
+        log_p_Nv = (scaled_logits(logits_Nv, ctx.temperature) - max_N[:, None]) - log_sum_N[:, None]
         p_Nv = log_p_Nv.exp()
         # d log p_target / dz = 1[target] - p;  dH / dz = -p (log p + H)
         grad_Nv = p_Nv * -(grad_log_probs_N[:, None] + grad_entropy_N[:, None] * (log_p_Nv + entropy_N[:, None]))

@@ -3,12 +3,14 @@
 Start it by itself for one process, or under `torchrun` for more.
 """
 
+import argparse
 import dataclasses
 import os
 import sys
 
 from megatron_safe.config import STAGES
 from megatron_safe.errors import UserError
+from megatron_safe.ranges import check_ranges
 
 USAGE = f"""usage: megatron-safe STAGE [--config run.yaml] [--section.field value ...]
 
@@ -21,7 +23,7 @@ def parse(stage: str, arguments: list[str]):
     """The stage's config from one YAML file and dotted overrides.
 
     Raises:
-        UserError: an unknown key, a wrong type, or a file that cannot be read; one line.
+        UserError: an unknown key, a wrong type, a value out of range, or a file that cannot be read; one line.
         SystemExit: after `--help`.
     """
     import jsonargparse
@@ -31,12 +33,20 @@ def parse(stage: str, arguments: list[str]):
         prog=f"megatron-safe {stage}", description=STAGES[stage].__doc__, exit_on_error=False
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
+    # A run folder's config.yaml says whose it is; given back to us, it must be that stage's.
+    parser.add_argument("--stage", choices=[stage], help=argparse.SUPPRESS)
     parser.add_class_arguments(STAGES[stage], as_group=False)
     try:
-        values = parser.instantiate(parser.parse_args(arguments))
+        values = parser.parse_args(arguments)
+        for field in dataclasses.fields(STAGES[stage]):
+            if dataclasses.is_dataclass(field.type) and not isinstance(values[field.name], jsonargparse.Namespace):
+                raise UserError(f"{field.name}: expected a mapping of settings, found {values[field.name]!r}")
+        values = parser.instantiate(values)
     except jsonargparse.ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from error
-    return STAGES[stage](**{field.name: values[field.name] for field in dataclasses.fields(STAGES[stage])})
+    config = STAGES[stage](**{field.name: values[field.name] for field in dataclasses.fields(STAGES[stage])})
+    check_ranges(config)
+    return config
 
 
 def run_stage(stage: str, config, runtime) -> None:

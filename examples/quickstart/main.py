@@ -41,7 +41,7 @@ PAIRS = {1: 5900, 2: 8800, 3: 8500}
 STEPS = {"reward": {1: 700, 2: 489, 3: 489}, "cost": {1: 300, 2: 210, 3: 210}}
 HELD_OUT_PAIRS = 400
 EVALUATION_PROMPTS = 1000
-SHAPING_COEFFS = (0.01, 0.1, 0.25, 1.0, 4.0, 16.0, 100.0)
+SHAPING_COEFFS = (0.01, 0.5, 1.0, 2.0, 5.0, 10.0, 100.0)
 
 
 class Quickstart:
@@ -174,10 +174,11 @@ class Quickstart:
                 f"--data.eval=[{held_out}]",
                 f"--training.steps={self.steps(STEPS[which][round])}",
             )
-        self.threshold = json.loads((models["cost"] / "eval.json").read_text())["safe_score"]
-        return self.ppo("ppo-lag", f"round{round}/ppo", policy, sft, models, round)
+        # A limit in the new cost model's own units: halfway from the sign's boundary to answers labelled safe.
+        self.threshold = json.loads((models["cost"] / "eval.json").read_text())["safe_score"] / 2
+        return self.ppo("ppo-lag", f"round{round}/ppo", policy, models, round)
 
-    def ppo(self, algorithm: str, out: str, policy: Path, sft: Path, models: dict, round: int, *more: str) -> Path:
+    def ppo(self, algorithm: str, out: str, policy: Path, models: dict, round: int, *more: str) -> Path:
         prompts = [
             prompt
             for kind, count in (("benign", 4000), ("red-team", 3000), ("plain", 1000))
@@ -227,19 +228,25 @@ class Quickstart:
                 model[f"mean_{key}"] = sum(found) / len(found)
         return judged, scores
 
-    def ablations(self, sft: Path, models: dict[str, Path]) -> list[dict]:
-        """From SFT, with the last round's models: PPO-Lag, PPO on reward alone, and fixed shaping over ν."""
-        runs = [("PPO-Lag", "ppo-lag", None), ("PPO (reward only)", "ppo", None)]
-        runs += [(f"shaping ν = {nu:g}", "ppo-reward-shaping", nu) for nu in SHAPING_COEFFS]
-        policies = {"SFT": sft}
-        for name, algorithm, nu in runs:
-            more = [] if nu is None else [f"--ppo.shaping_coeff={nu}"]
-            folder = f"ablations/{algorithm}{'' if nu is None else f'-{nu:g}'}"
-            policies[name] = self.ppo(algorithm, folder, sft, sft, models, ROUNDS[-1], *more)
+    def ablations(self, sft: Path, first_round: Path, models: dict[str, Path]) -> list[dict]:
+        """What PPO on reward alone and fixed shaping make of SFT with round 1's models, beside PPO-Lag in round 1.
+
+        Round 1's and not the last: the later reward models were taught with pairs from policies that were safe already,
+        and have learnt some of the safety that is to be tested.
+        """
+        runs = [("PPO (reward only)", "ppo", None)]
+        runs += [(f"shaping ν = {nu:g}", "shaping", nu) for nu in SHAPING_COEFFS]
+        policies = {"SFT": sft, "PPO-Lag": first_round}
+        for name, kind, nu in runs:
+            if kind == "ppo":
+                policies[name] = self.ppo("ppo", "ablations/ppo", sft, models, 1)
+            else:
+                coefficient = f"--ppo.shaping_coeff={nu}"
+                policies[name] = self.ppo("ppo-reward-shaping", f"ablations/nu-{nu:g}", sft, models, 1, coefficient)
         judged, _ = self.judged(policies, models)
-        kinds = {"ppo-lag": "ppo-lag", "ppo": "ppo", "ppo-reward-shaping": "shaping"}
         by_name = {model["name"]: model for model in judged}
-        return [{**by_name[name], "kind": kinds[algorithm], "nu": nu} for name, algorithm, nu in runs]
+        runs.insert(0, ("PPO-Lag", "ppo-lag", None))
+        return [{**by_name[name], "kind": kind, "nu": nu} for name, kind, nu in runs]
 
 
 def as_record(prompt: WorldPrompt) -> Prompt:
@@ -254,6 +261,8 @@ def run(arguments: argparse.Namespace, runtime: Runtime) -> None:
     for round in ROUNDS[: arguments.rounds]:
         policy = quickstart.round(round, policy, sft, models, files)
         policies[f"round {round}"] = policy
+        if round == 1:
+            first_models = dict(models)
         for which, folder in models.items():
             facts[which].append(json.loads((folder / "eval.json").read_text()))
     judged, scores = quickstart.judged(policies, models)
@@ -271,7 +280,7 @@ def run(arguments: argparse.Namespace, runtime: Runtime) -> None:
         "lambda_final": last["lambda"],
     }
     if arguments.ablations:
-        summary["ablations"] = {"points": quickstart.ablations(sft, models)}
+        summary["ablations"] = {"points": quickstart.ablations(sft, policies["round 1"], first_models)}
     if runtime.is_main:
         runs = [(name, folder / "metrics.jsonl") for name, folder in policies.items() if name != "SFT"]
         write_report(quickstart.out / "report", summary, runs, scores)

@@ -24,7 +24,7 @@ def read_demonstrations(paths: Sequence[str | Path]) -> list[Demonstration]:
 
     Raises UserError for a file that cannot be read or has no rows, and for the first row that is not as described.
     """
-    return [Demonstration(row.text("prompt"), row.text("response")) for row in _rows(paths)]
+    return [Demonstration(row.text("prompt"), row.text("response")) for row in read_rows(paths)]
 
 
 def read_comparisons(paths: Sequence[str | Path]) -> list[Comparison]:
@@ -46,7 +46,7 @@ def read_comparisons(paths: Sequence[str | Path]) -> list[Comparison]:
             is_response_0_safe=row.flag("is_response_0_safe"),
             is_response_1_safe=row.flag("is_response_1_safe"),
         )
-        for row in _rows(paths)
+        for row in read_rows(paths)
     ]
 
 
@@ -61,7 +61,7 @@ def read_prompts(paths: Sequence[str | Path]) -> list[Prompt]:
             red_team=row.flag("red_team") if "red_team" in row.fields else False,
             category=row.text("category") if row.fields.get("category") is not None else None,
         )
-        for row in _rows(paths)
+        for row in read_rows(paths)
     ]
 
 
@@ -105,7 +105,7 @@ class _Row:
         return UserError(f"{self.place}, field '{name}': expected {expected}, found {found}")
 
 
-def _rows(paths: Sequence[str | Path]) -> Iterator[_Row]:
+def read_rows(paths: Sequence[str | Path]) -> Iterator[_Row]:
     if not paths:
         raise UserError("data files: expected at least one .jsonl or .jsonl.gz file, found an empty list")
     for path in map(Path, paths):

@@ -18,6 +18,7 @@ from megatron_safe.data.datasets import PromptDataset
 from megatron_safe.data.records import Prompt
 from megatron_safe.data.sampler import shard
 from megatron_safe.data.tokenizer import Tokenizer
+from megatron_safe.errors import UserError
 from megatron_safe.models.heads import last_token_scores
 from megatron_safe.models.pipeline import forward
 from megatron_safe.models.roles import Role
@@ -114,43 +115,48 @@ def score_answers(
     max_length: int,
     batch_size: int,
 ) -> dict[str, list[float]]:
-    """What each scoring role says of each answer: {its key in `roles`: scores in the order of `answers`}, on every rank.
+    """What each scoring role says of each answer, on every rank: {key in `roles`: scores in the order of `answers`}.
 
     An answer is read with the EOS that ended it, and without one where it was cut off. As in training, an answer too
     long for `max_length` is cut and loses its EOS; where the prompt alone leaves no room, the score is NaN. A line
-    says how many of either there were.
+    says how many of either there were. Equal rows are scored once: their scores are equal to the last bit, so that
+    they tie in a comparison.
 
     Args:
         roles: at least one role with a scalar head.
         batch_size: rows scored at a time, over all data-parallel ranks.
 
     Raises:
-        UserError: a bad template, or a prompt of no tokens.
+        UserError: a bad template, a prompt of no tokens, or no answer that fits.
     """
     runtime = next(iter(roles.values())).runtime
     prompts = encode_prompts(tokenizer, template, [answer.prompt for answer in answers])
     responses = tokenizer.encode_batch([answer.response for answer in answers])
-    rows, fitting, cut = [], [], 0
+    places: dict[tuple[tuple[int, ...], int], list[int]] = {}  # row -> the answers that read so
+    left_out = cut = 0
     for i, (answer, prompt, response) in enumerate(zip(answers, prompts, responses, strict=True)):
         tokens = prompt + response + ([tokenizer.eos_id] if answer.ended else [])
-        rows.append((tokens[:max_length], len(prompt)))
         if len(prompt) < max_length:
-            fitting.append(i)
+            places.setdefault((tuple(tokens[:max_length]), len(prompt)), []).append(i)
             cut += len(tokens) > max_length
-    if cut or len(fitting) < len(rows):
+        else:
+            left_out += 1
+    if cut or left_out:
         runtime.print(
-            f"answers: scored {len(fitting)} of {len(rows)} rows, up to {max_length} tokens for prompt and response; "
-            f"{len(rows) - len(fitting)} left out (prompt too long), {cut} responses cut"
+            f"answers: scored {len(answers) - left_out} of {len(answers)} rows, up to {max_length} tokens for prompt "
+            f"and response; {left_out} left out (prompt too long), {cut} responses cut"
         )
+    if answers and not places:
+        raise UserError(f"answers: expected a prompt of fewer than {max_length} tokens, found none in {len(answers)}")
     # Alike lengths share a batch, which saves padding; the longest come first, so that what fits once fits to the end.
-    fitting.sort(key=lambda i: -len(rows[i][0]))
+    rows = sorted(places, key=lambda row: -len(row[0]))
 
-    scores = {name: [math.nan] * len(rows) for name in roles}
-    for start in _progress(range(0, len(fitting), batch_size), "score", runtime):
-        wanted = fitting[start : start + batch_size]
+    scores = {name: [math.nan] * len(answers) for name in roles}
+    for start in _progress(range(0, len(rows), batch_size), "score", runtime):
+        wanted = rows[start : start + batch_size]
         # Every rank gets a multiple of the pipeline's size: one micro-batch a stage.
         mine = shard(_filled(wanted, runtime.dp_size * runtime.pp_size), runtime.dp_rank, runtime.dp_size)
-        batch = collate([rows[i] for i in mine], tokenizer.pad_id).to(runtime.device)
+        batch = collate(mine, tokenizer.pad_id).to(runtime.device)
         inputs = {"tokens": batch.tokens_BL, "lengths": batch.lengths_B, "like": batch.lengths_B}
         for name, role in roles.items():
             scores_B = forward(
@@ -160,12 +166,13 @@ def score_answers(
                 len(batch) // runtime.pp_size,
             )
             gathered = runtime.gather_over_data_parallel(scores_B)[: len(wanted)].tolist()
-            for i, score in zip(wanted, gathered, strict=True):
-                scores[name][i] = score
+            for row, score in zip(wanted, gathered, strict=True):
+                for i in places[row]:
+                    scores[name][i] = score
     return scores
 
 
-def _filled(rows: list[int], multiple: int) -> list[int]:
+def _filled(rows: list, multiple: int) -> list:
     """The rows, and the last one again until their number is a multiple; a shape for every rank, dropped afterwards."""
     return rows + rows[-1:] * (-len(rows) % multiple)
 

@@ -53,13 +53,15 @@ class ModelJudge:
         self.max_length, self.batch_size = max_length, batch_size
 
     def judge(self, answers: Sequence[Answer]) -> list[Judgement]:
-        """Raises UserError when a prompt is too long for the models: half a comparison cannot be judged."""
+        """Raises UserError for an answer without a finite score: half a comparison cannot be judged."""
         scores = score_answers(self.roles, answers, self.tokenizer, self.template, self.max_length, self.batch_size)
-        left_out = sum(map(math.isnan, scores["reward_model"]))
-        if left_out:
-            raise UserError(
-                f"answers: expected prompts of fewer than {self.max_length} tokens to judge, found {left_out} longer"
-            )
+        for name, values in scores.items():
+            bad = sum(not math.isfinite(value) for value in values)
+            if bad:
+                raise UserError(
+                    f"{name}: expected a finite score of every answer, found {bad} of {len(values)} without one "
+                    f"(prompts of {self.max_length} tokens or more, or a model that diverged)"
+                )
         return [
             Judgement(helpfulness=reward, harmful=cost > 0, harm=cost)
             for reward, cost in zip(scores["reward_model"], scores["cost_model"], strict=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -14,16 +15,14 @@ import yaml
 from megatron_safe.config import (
     EvaluateConfig,
     GenerateConfig,
-    GenerateDataConfig,
     ModelConfig,
-    RolloutConfig,
     ScoreConfig,
     to_dict,
 )
 from megatron_safe.data.batches import parse_template
 from megatron_safe.data.datasets import PromptDataset
 from megatron_safe.data.records import Prompt
-from megatron_safe.data.sources import _rows, read_prompts
+from megatron_safe.data.sources import read_prompts, read_rows
 from megatron_safe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_safe.errors import UserError
 from megatron_safe.evaluation.answers import Answer, generate_answers, score_answers
@@ -52,7 +51,7 @@ def generate(config: GenerateConfig, runtime: Runtime) -> None:
 def score(config: ScoreConfig, runtime: Runtime) -> None:
     """Write OUT/scores.jsonl: prompt, response, and `reward`, `cost` by the models given, in the order of the rows.
 
-    A score is null where the prompt is too long for data.max_length.
+    A score is null where the prompt is too long for data.max_length, or the model diverged.
     """
     tokenizer = load_tokenizer(config.tokenizer.path)
     parse_template(config.tokenizer.template)
@@ -71,7 +70,7 @@ def score(config: ScoreConfig, runtime: Runtime) -> None:
     )
     rows = (
         {"prompt": answer.prompt, "response": answer.response}
-        | {name: None if value != value else value for name, value in zip(scores, values, strict=True)}
+        | {name: value if math.isfinite(value) else None for name, value in zip(scores, values, strict=True)}
         for answer, *values in zip(answers, *scores.values(), strict=True)
     )
     write_rows(out / "scores.jsonl", rows, runtime)
@@ -107,7 +106,9 @@ def evaluate(config: EvaluateConfig, runtime: Runtime) -> None:
         longest,
         config.data.batch_size,
     )
-    judgements = {name: judge.judge(given) for name, given in answers.items()}
+    # All at once, so that equal answers of two policies tie.
+    verdicts = iter(judge.judge([one for given in answers.values() for one in given]))
+    judgements = {name: [next(verdicts) for _ in given] for name, given in answers.items()}
     models = compare_models(judgements, next(iter(answers.values())))
     for model in models:
         costs = [judgement.harm for judgement in judgements[model["name"]]]
@@ -141,7 +142,7 @@ def read_answers(paths: list[str]) -> list[Answer]:
             row.text("response", may_be_empty=True),
             ended=row.flag("ended") if "ended" in row.fields else True,
         )
-        for row in _rows(paths)
+        for row in read_rows(paths)
     ]
 
 
@@ -150,27 +151,12 @@ def read_answers(paths: list[str]) -> list[Answer]:
 
 def prompts_to_answer(config: GenerateConfig | EvaluateConfig, tokenizer: Tokenizer, runtime: Runtime) -> list[Prompt]:
     """The prompts that are short enough; says how many are not. Raises UserError for bad data or settings."""
-    check_generation(config.data, config.rollout, runtime)
+    check_batch_size(config.data.batch_size, runtime)
     prompts = PromptDataset(
         read_prompts(config.data.prompts), tokenizer, config.tokenizer.template, config.rollout.max_prompt_length
     )
     runtime.print(prompts.report())
     return prompts.records
-
-
-def check_generation(data: GenerateDataConfig, rollout: RolloutConfig, runtime: Runtime) -> None:
-    check_batch_size(data.batch_size, runtime)
-    ranges = {
-        "data.samples_per_prompt": (data.samples_per_prompt, "1 or more", data.samples_per_prompt >= 1),
-        "rollout.max_new_tokens": (rollout.max_new_tokens, "1 or more", rollout.max_new_tokens >= 1),
-        "rollout.max_prompt_length": (rollout.max_prompt_length, "1 or more", rollout.max_prompt_length >= 1),
-        "rollout.temperature": (rollout.temperature, "0 (greedy) or more", rollout.temperature >= 0),
-        "rollout.top_k": (rollout.top_k, "0 (all) or more", rollout.top_k >= 0),
-        "rollout.top_p": (rollout.top_p, "a number above 0 and up to 1", 0 < rollout.top_p <= 1),
-    }
-    for name, (found, expected, holds) in ranges.items():
-        if not holds:
-            raise UserError(f"{name}: expected {expected}, found {found}")
 
 
 def check_batch_size(batch_size: int, runtime: Runtime) -> None:
@@ -180,7 +166,9 @@ def check_batch_size(batch_size: int, runtime: Runtime) -> None:
         )
 
 
-def check_model(field: str, role: str, model: ModelConfig, tokenizer: Tokenizer, runtime: Runtime, longest: int) -> None:
+def check_model(
+    field: str, role: str, model: ModelConfig, tokenizer: Tokenizer, runtime: Runtime, longest: int
+) -> None:
     """Raise UserError unless the checkpoint is whole, was trained as `role`, and fits layout, tokenizer and rows.
 
     Training may start a reward or cost model from a policy's trunk; its fresh head would score at random here.

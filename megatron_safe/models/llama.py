@@ -166,7 +166,8 @@ def build(model: ModelConfig, runtime: Runtime, head: Head, vocab_size: int, pre
         rotary_base=model.rotary_base,
     )
     initialize_weights(module, model, seed)
-    return module.to(runtime.device)
+    # Megatron-Core's optimizer for bf16 cannot save weights of two types, and makes norms in fp32 without being asked.
+    return module.to(runtime.device, dtype)
 
 
 def global_name(module: Llama, name: str) -> str:

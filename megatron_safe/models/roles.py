@@ -1,5 +1,7 @@
 """The six roles of Safe RLHF: a model, and for those that learn, its optimizer."""
 
+import math
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -7,6 +9,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_safe.config import ModelConfig, OptimizerConfig
+from megatron_safe.models.adamw import load_state, prepare_state
 from megatron_safe.models.llama import Head, build
 from megatron_safe.runtime import Runtime
 
@@ -84,6 +87,7 @@ class Role:
             ),
             [self.trainable],
         )
+        prepare_state(self.optimizer)
         self.schedule = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -103,6 +107,11 @@ class Role:
         if self.optimizer is not None:
             self.optimizer.reload_model_params()
 
+    def load_optimizer(self, optimizer: dict, schedule: dict) -> None:
+        """Restore what `optimizer.sharded_state_dict` and `schedule.state_dict` gave, loaded for this layout."""
+        load_state(self.optimizer, optimizer)
+        self.schedule.load_state_dict(schedule)
+
     def zero_grad(self) -> None:
         self.trainable.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -116,9 +125,14 @@ class Role:
         """
         finalize_model_grads([self.trainable])
         lr = self.optimizer.param_groups[0]["lr"]
-        stepped, grad_norm, _ = self.optimizer.step()
+        # Megatron-Core looks for NaN only where it scales losses (fp16); here one would end up in every weight.
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        skipped = not math.isfinite(grad_norm)
+        if not skipped:
+            self.optimizer.step()
         self.schedule.step(increment=1)
-        return {"grad_norm": float(grad_norm or 0.0), "lr": lr, "skipped": 0.0 if stepped else 1.0}
+        return {"grad_norm": grad_norm, "lr": lr, "skipped": float(skipped)}
 
     def parameter_count(self) -> int:
         """Parameters on this rank."""

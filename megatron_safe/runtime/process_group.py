@@ -8,7 +8,6 @@ import dataclasses
 import datetime
 import os
 import random
-import warnings
 from contextlib import contextmanager
 
 import numpy
@@ -98,7 +97,7 @@ def _parallel_state():
 def check_layout(parallel: ParallelConfig, world_size: int) -> None:
     """Raise UserError when the layout does not fit the number of processes."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if world_size % (tp * pp):
+    if min(tp, pp) < 1 or world_size % (tp * pp):
         raise UserError(
             f"parallel: tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp} = {tp * pp} "
             f"does not divide the world of {world_size} process(es)"
@@ -118,10 +117,6 @@ def start(parallel: ParallelConfig, seed: int):
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     check_layout(parallel, world_size)
-    # Megatron-Core warns of each optional package (apex, Transformer Engine) that is missing, at every import.
-    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
-    # dist_checkpointing goes through torch's ShardedTensor, which warns of its deprecation.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -141,7 +136,8 @@ def start(parallel: ParallelConfig, seed: int):
             store = dist.TCPStore("127.0.0.1", 0, 1, True)  # port 0: any free one
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"torch.distributed did not start on rank {rank} of {world_size}: {error}") from error
+        reason = str(error).splitlines()[0]  # a C++ stack trace may follow
+        raise UserError(f"torch.distributed did not start on rank {rank} of {world_size}: {reason}") from error
 
     from megatron.core import parallel_state, tensor_parallel
 

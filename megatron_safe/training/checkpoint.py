@@ -6,26 +6,30 @@
         manifest.json   size and CRC-32 of every file
 
 A checkpoint is written under a hidden name and published by one rename, so a name that can be seen is whole; the
-manifest finds what was damaged later. No generator state is stored because none is used: data order and sampling are
-functions of the seed, the step and the sample.
+manifest finds what was damaged later, and `pickles` sees to it that loading one runs no code. No generator state is
+stored because none is used: data order and sampling are functions of the seed, the step and the sample.
 """
 
 import dataclasses
 import json
 import os
+import pickle
 import shutil
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_safe.config import ModelConfig
 from megatron_safe.errors import UserError
 from megatron_safe.models.llama import architecture
 from megatron_safe.models.roles import Role
 from megatron_safe.runtime import Runtime
+from megatron_safe.training import pickles
 
 FORMAT = 1
 # A role may start from its own weights or from those that come before it in the paper's order of stages.
@@ -51,12 +55,13 @@ class Checkpoint:
 
     @staticmethod
     def read(path: Path) -> "Checkpoint":
+        """Raises UserError for a state.json that is missing, unreadable or of another format."""
         try:
             content = json.loads((path / "state.json").read_text())
             if content["format"] != FORMAT:
                 raise UserError(f"{path / 'state.json'}: expected format {FORMAT}, found {content['format']}")
             return Checkpoint(path, content["step"], content["seed"], content["roles"], content["state"])
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path / 'state.json'}: expected a checkpoint's state, found {error!r}") from error
 
     def source_for(self, role: str) -> str:
@@ -82,13 +87,13 @@ def save(
     """
     folder = run / "checkpoints"
     final, hidden = folder / f"step_{step:08d}", folder / f".step_{step:08d}.tmp"
-    if runtime.is_main:
-        shutil.rmtree(hidden, ignore_errors=True)
+
+    def prepare() -> None:
+        for leftover in folder.glob(".step_*.tmp"):  # of a process that died while it saved
+            shutil.rmtree(leftover)
         (hidden / "weights").mkdir(parents=True)
-    runtime.barrier()
-    dist_checkpointing.save(_sharded(roles, loading=False), str(hidden / "weights"))
-    runtime.barrier()
-    if runtime.is_main:
+
+    def describe() -> None:
         content = {
             "format": FORMAT,
             "step": step,
@@ -99,19 +104,32 @@ def save(
             "state": state,
         }
         (hidden / "state.json").write_text(json.dumps(content, indent=1))
-    runtime.barrier()
-    sums = _over_ranks(sorted(path for path in hidden.rglob("*") if path.is_file()), _fingerprint, runtime)
-    if runtime.is_main:
+
+    def publish() -> None:
         manifest = {str(path.relative_to(hidden)): found for path, found in sums.items()}
         (hidden / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for path in hidden.rglob("*"):
             _sync(path)
-        shutil.rmtree(final, ignore_errors=True)
+        # Checkpoints from this step on are damaged ones that a resume has passed over: they must not outlive it, nor
+        # take a good one's place among the newest.
+        for path in _published(run):
+            if path.name >= final.name:
+                shutil.rmtree(path)
         os.rename(hidden, final)
         _sync(folder)
         for old in _published(run)[:-keep_last] if keep_last > 0 else []:
             shutil.rmtree(old)
-    runtime.barrier()
+
+    sharded = _sharded(roles, loading=False)
+    _on_main(prepare, runtime)
+    try:
+        dist_checkpointing.save(sharded, str(hidden / "weights"))
+    except CheckpointException as error:  # on every rank, where any could not write; only rank 0 knows why
+        causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items())
+        raise OSError(f"{final}: the weights could not be written: {causes or 'see rank 0'}") from error
+    _on_main(describe, runtime)
+    sums = _over_ranks(sorted(path for path in hidden.rglob("*") if path.is_file()), _fingerprint, runtime)
+    _on_main(publish, runtime)
     return final
 
 
@@ -133,7 +151,10 @@ def find(path: str | Path, runtime: Runtime) -> Checkpoint:
     for candidate in reversed(_published(path)):
         problem = _damage(candidate, runtime)
         if not problem:
-            return Checkpoint.read(candidate)
+            try:
+                return Checkpoint.read(candidate)
+            except UserError as error:
+                problem = str(error)
         problems.append(problem)
         runtime.print(f"warning: checkpoint is damaged, using the one before: {problem}")
     if problems:
@@ -173,20 +194,36 @@ def load_weights(role: Role, checkpoint: Checkpoint) -> None:
     if trunk_only:
         wanted = {key: value for key, value in wanted.items() if not key.startswith(f"{source}.output_layer.")}
     # Under a key of its own: the checkpoint's unsharded content (optimizer settings) is returned beside it.
-    loaded = dist_checkpointing.load({"wanted": wanted}, str(checkpoint.path / "weights"))["wanted"]
+    loaded = _load({"wanted": wanted}, checkpoint)["wanted"]
     role.module.load_state_dict(_without_prefix(loaded, source), strict=not trunk_only)
     role.reload_master_weights()
 
 
 def load_training(roles: list[Role], checkpoint: Checkpoint) -> None:
     """Weights, optimizers and learning-rate schedules of every role, as `save` left them, in any layout."""
-    loaded = dist_checkpointing.load(_sharded(roles, loading=True), str(checkpoint.path / "weights"))
+    loaded = _load(_sharded(roles, loading=True), checkpoint)
     for role in roles:
         part = loaded[role.name]
         role.module.load_state_dict(_without_prefix(part["model"], role.name))
         if role.optimizer is not None:
-            role.optimizer.load_state_dict(part["optimizer"])
-            role.schedule.load_state_dict(part["schedule"])
+            role.load_optimizer(part["optimizer"], part["schedule"])
+
+
+def _load(sharded: dict, checkpoint: Checkpoint) -> dict:
+    weights = checkpoint.path / "weights"
+    pickles.check_index(weights / ".metadata")
+    pickles.read_objects_safely()
+    try:
+        return dist_checkpointing.load(sharded, str(weights))
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{weights}: expected tensors and plain data, found: {_first_line(error)}") from error
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        raise UserError(f"{weights}: expected tensors and plain data, found: {_first_line(causes[0])}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or repr(error)).splitlines()[0]
 
 
 def _sharded(roles: list[Role], loading: bool) -> dict:
@@ -210,6 +247,19 @@ def _published(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("step_*") if path.is_dir())
 
 
+def _on_main(act: Callable[[], None], runtime: Runtime) -> None:
+    """Do something to files on rank 0, while the others wait; its OSError is raised on every rank."""
+    failure: list[str | None] = [None]
+    if runtime.is_main:
+        try:
+            act()
+        except OSError as error:
+            failure = [str(error)]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise OSError(failure[0])
+
+
 def _fingerprint(path: Path) -> dict:
     checksum = 0
     with path.open("rb") as file:
@@ -230,18 +280,22 @@ def _damage(path: Path, runtime: Runtime) -> str | None:
     """What is wrong with a checkpoint, naming the file; None when every file is as the manifest says."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
-        return f"{path / 'manifest.json'}: {error}"
+        expected = {path / name: (found["bytes"], found["crc32"]) for name, found in manifest.items()}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        return f"{path / 'manifest.json'}: expected size and CRC-32 of every file, found {error!r}"
+    for name in ("state.json", "weights/.metadata"):
+        if path / name not in expected:
+            return f"{path / 'manifest.json'}: expected {name} to be listed, found {', '.join(manifest) or 'nothing'}"
 
     def compare(file: Path) -> str | None:
-        expected = manifest[str(file.relative_to(path))]
-        if not file.exists():
+        size, checksum = expected[file]
+        if not file.is_file():
             return f"{file}: missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{file}: expected {expected['bytes']} bytes, found {file.stat().st_size}"
-        return None if _fingerprint(file) == expected else f"{file}: checksum differs"
+        if file.stat().st_size != size:
+            return f"{file}: expected {size} bytes, found {file.stat().st_size}"
+        return None if _fingerprint(file)["crc32"] == checksum else f"{file}: checksum differs"
 
-    problems = _over_ranks([path / name for name in sorted(manifest)], compare, runtime)
+    problems = _over_ranks(sorted(expected), compare, runtime)
     return next((problem for problem in problems.values() if problem), None)
 
 
@@ -251,5 +305,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-

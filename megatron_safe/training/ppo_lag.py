@@ -26,7 +26,7 @@ from megatron_safe.training.metrics import PhaseTimer, peak_memory_gib
 from megatron_safe.training.ppo_steps import actor_step, critic_step
 from megatron_safe.training.prompts import PromptStream
 from megatron_safe.training.run import Run, check_batch
-from megatron_safe.training.setup import make_role
+from megatron_safe.training.setup import build_role, resolve_role
 
 Algorithm = Literal["ppo-lag", "ppo", "ppo-reward-shaping"]
 
@@ -100,11 +100,10 @@ def check(config: PpoConfig, runtime: Runtime, algorithm: Algorithm) -> None:
     for name in needed:
         if getattr(config, name).checkpoint is None:
             raise UserError(f"{name}.checkpoint: expected the run folder of its training, found none")
-    if algorithm == "ppo-lag":
-        try:
-            LagrangeMultiplier(**multiplier_settings(config.lagrange))
-        except ValueError as error:
-            raise UserError(f"lagrange.{error}") from error
+    try:
+        LagrangeMultiplier(**multiplier_settings(config.lagrange))
+    except ValueError as error:
+        raise UserError(f"lagrange.{error}") from error
 
 
 def multiplier_settings(lagrange: LagrangeConfig) -> dict:
@@ -145,12 +144,17 @@ def make_roles(
         del wanted["cost_critic"]  # its advantages would count for nothing
         if config.cost_model.checkpoint is None:
             del wanted["cost_model"]
+    # All six are looked at before the first is built: a wrong path in the last must not cost minutes.
+    resolved = {}
+    for name, (model, _) in wanted.items():
+        resolved[name] = _, source = resolve_role(name, model, tokenizer, runtime, folder.resume, longest)
+        if name in ("reward_model", "cost_model") and source.source_for(name) != name:  # its head would score at random
+            raise UserError(f"{name} {source.path}: expected a trained {name}, found {', '.join(source.roles)}")
     return {
-        name: make_role(
-            name, model, config.precision, config.run.seed, tokenizer, runtime, folder.resume, optimizer, updates,
-            longest,
-        )  # fmt: skip
-        for name, (model, optimizer) in wanted.items()
+        name: build_role(
+            name, *resolved[name], config.precision, config.run.seed, tokenizer, runtime, optimizer, updates
+        )
+        for name, (_, optimizer) in wanted.items()
     }
 
 

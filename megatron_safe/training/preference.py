@@ -118,7 +118,7 @@ def run(config: PreferenceConfig, runtime: Runtime, which: Which) -> None:
     with Run(config, which, steps, runtime) as folder:
         role = make_role(
             f"{which}_model", config.model, config.batch.precision, config.run.seed, tokenizer, runtime, folder.resume,
-            config.optimizer, steps, config.batch.max_length,
+            config.optimizer, steps, config.batch.max_length, "model",
         )  # fmt: skip
         if folder.resume:
             checkpoint.load_training([role], folder.resume)

@@ -20,7 +20,8 @@ class Run:
         """Claim the folder and find the checkpoint to go on from (`resume`; None for a fresh start).
 
         Raises:
-            UserError: the folder holds a run and `run.resume` is "no", or its checkpoints are all damaged.
+            UserError: the folder holds a run and `run.resume` is "no", or the run of another stage or seed, or all its
+                checkpoints are damaged.
         """
         self.config: RunConfig = config.run
         self.runtime = runtime
@@ -31,28 +32,30 @@ class Run:
             raise UserError(
                 f"run.out {self.folder}: holds a run already; choose another folder, or --run.resume auto to go on"
             )
+        _check_stage(self.folder / "config.yaml", stage)
         self.resume = checkpoint.find(self.folder, runtime) if checkpoint.has_checkpoints(self.folder) else None
         if self.resume is not None and self.resume.seed != self.config.seed:
             raise UserError(
                 f"run.seed: expected {self.resume.seed}, the seed of the run in {self.folder}, found {self.config.seed}"
             )
         runtime.barrier()  # every rank has looked before rank 0 writes
+        self._claimed = not used  # until the first step: what is refused by then leaves the folder free
         try:
+            self.log = MetricsLog(
+                self.folder, stage, total_steps, runtime.is_main, self.config.tensorboard, self.config.wandb_project
+            )
             if runtime.is_main:
-                self.folder.mkdir(parents=True, exist_ok=True)
                 text = yaml.safe_dump({"stage": stage, **to_dict(config)}, sort_keys=False, allow_unicode=True)
                 (self.folder / "config.yaml").write_text(text, encoding="utf-8")
         except OSError as error:
             raise UserError(f"run.out {self.folder}: cannot be written: {error}") from error
-        self.log = MetricsLog(
-            self.folder, stage, total_steps, runtime.is_main, self.config.tensorboard, self.config.wandb_project
-        )
         self.first_step = self.resume.step if self.resume else 0
         self.log.truncate_after(self.first_step)
 
     def finish_step(self, step: int, values: dict[str, float], roles: list[Role], state: dict) -> bool:
         """Log step `step` (from 1), checkpoint where one is due; True when the run shall stop here."""
         self.log.log(step, values)
+        self._claimed = False
         stop = step == self.total_steps or step == self.config.stop_after
         due = self.config.save_every and step % self.config.save_every == 0
         if stop or due:
@@ -70,8 +73,19 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, *exception) -> None:
         self.log.close()
+        if kind is not None and self._claimed and self.runtime.is_main:
+            (self.folder / "config.yaml").unlink(missing_ok=True)
+
+
+def _check_stage(config: Path, stage: str) -> None:
+    try:
+        found = yaml.safe_load(config.read_text(encoding="utf-8"))["stage"] if config.exists() else stage
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise UserError(f"{config}: expected the config of a run, found {type(error).__name__}") from error
+    if found != stage:
+        raise UserError(f"run.out {config.parent}: expected a run of {stage} to go on with, found one of {found}")
 
 
 def check_batch(global_size: int, micro_size: int, runtime: Runtime, section: str, name: str = "global_batch_size"):

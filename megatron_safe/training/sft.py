@@ -49,7 +49,7 @@ def run(config: SftConfig, runtime: Runtime) -> None:
     with Run(config, "sft", steps, runtime) as folder:
         actor = make_role(
             "actor", config.model, config.batch.precision, config.run.seed, tokenizer, runtime, folder.resume,
-            config.optimizer, steps, config.batch.max_length,
+            config.optimizer, steps, config.batch.max_length, "model",
         )  # fmt: skip
         if folder.resume:
             checkpoint.load_training([actor], folder.resume)

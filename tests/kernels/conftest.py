@@ -1,0 +1,72 @@
+"""Vocabulary shards without processes: p ranks as p threads that meet at a barrier for each collective."""
+
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+
+
+class _Meeting:
+    def __init__(self, size: int):
+        self.barrier = threading.Barrier(size, timeout=60)
+        self.brought: list = [None] * size
+
+    def exchange(self, rank: int, tensor: torch.Tensor) -> list[torch.Tensor]:
+        self.brought[rank] = tensor.clone()
+        self.barrier.wait()
+        everything = list(self.brought)
+        self.barrier.wait()  # nobody brings the next tensor before all have looked
+        return everything
+
+
+class _Group:
+    """As much of a ProcessGroup as the kernels ask for."""
+
+    def __init__(self, rank: int, meeting: _Meeting):
+        self._rank, self.meeting = rank, meeting
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return len(self.meeting.brought)
+
+
+def _all_gather(parts, tensor, group):
+    for part, other in zip(parts, group.meeting.exchange(group.rank(), tensor), strict=True):
+        part.copy_(other)
+
+
+def _all_reduce(tensor, group):
+    tensor.copy_(sum(group.meeting.exchange(group.rank(), tensor)))
+
+
+@pytest.fixture(scope="module")  # not longer: other files use the real collectives
+def on_shards():
+    """on_shards(p, f): what f(rank, group) returns on each of p ranks. An error on one is raised here."""
+
+    def run(size: int, function) -> list:
+        meeting = _Meeting(size)
+        results, errors = [None] * size, []
+
+        def work(rank: int) -> None:
+            try:
+                results[rank] = function(rank, _Group(rank, meeting))
+            except BaseException as error:
+                errors.append(error)
+                meeting.barrier.abort()
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return results
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_gather", _all_gather)
+        patch.setattr(dist, "all_reduce", _all_reduce)
+        yield run

@@ -124,7 +124,7 @@ def plot_categories(path: Path, before: dict, after: dict) -> None:
             for row, value, name in zip(rows, values, names, strict=True):
                 text = "not judged" if rates.get(name) is None else f"{value:.1f}"
                 axes.annotate(text, (value, row), (3, 0), textcoords="offset points", va="center", fontsize=8)
-        axes.set_yticks(range(len(names)), [textwrap.fill(name, 34) for name in names])
+        axes.set_yticks(range(len(names)), [_readable(name) for name in names])
         axes.set_ylim(-0.6, len(names) - 0.4)
         axes.set_xlim(left=0)
         axes.margins(x=0.08)
@@ -211,3 +211,8 @@ def _label_without_overlap(figure, axes, labels: Sequence[tuple[float, float, st
             if place != places[-1]:
                 text.remove()
         taken.append(box)
+
+
+def _readable(category: str) -> str:
+    """`violence,aiding_and_abetting,incitement` as words that can be wrapped."""
+    return textwrap.fill(category.replace("_", " ").replace(",", ", "), 34)

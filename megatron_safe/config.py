@@ -241,40 +241,42 @@ class ScoreDataConfig:
 
 
 @dataclass
-class SftConfig:
-    """Supervised fine-tuning of the actor on demonstrations (paper, section 3, stage 0)."""
+class StageConfig:
+    """What every stage has."""
 
     run: RunConfig = field(default_factory=RunConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+
+@dataclass
+class SupervisedConfig(StageConfig):
+    """What the stages have that train one model on rows of text."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass
+class SftConfig(SupervisedConfig):
+    """Supervised fine-tuning of the actor on demonstrations (paper, section 3, stage 0)."""
+
     training: SftTrainingConfig = field(default_factory=SftTrainingConfig)
 
 
 @dataclass
-class PreferenceConfig:
+class PreferenceConfig(SupervisedConfig):
     """Training of the reward model or the cost model on comparisons (paper, section 3.2)."""
 
-    run: RunConfig = field(default_factory=RunConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    batch: BatchConfig = field(default_factory=BatchConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: PreferenceTrainingConfig = field(default_factory=PreferenceTrainingConfig)
 
 
 @dataclass
-class PpoConfig:
+class PpoConfig(StageConfig):
     """PPO-Lag (paper, section 3.3) and its baselines `ppo` and `ppo-reward-shaping`."""
 
-    run: RunConfig = field(default_factory=RunConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     actor: ModelConfig = field(default_factory=ModelConfig)
     reference: ModelConfig | None = None
     """Frozen reference policy (default: as the actor)."""
@@ -295,12 +297,9 @@ class PpoConfig:
 
 
 @dataclass
-class GenerateConfig:
+class GenerateConfig(StageConfig):
     """Answers to prompts, written to OUT/answers.jsonl."""
 
-    run: RunConfig = field(default_factory=RunConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: GenerateDataConfig = field(default_factory=GenerateDataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -309,12 +308,9 @@ class GenerateConfig:
 
 
 @dataclass
-class ScoreConfig:
+class ScoreConfig(StageConfig):
     """Reward and cost of answers, written to OUT/scores.jsonl."""
 
-    run: RunConfig = field(default_factory=RunConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     reward_model: ModelConfig | None = None
     """Reward model (optional)."""
     cost_model: ModelConfig | None = None
@@ -325,12 +321,9 @@ class ScoreConfig:
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(StageConfig):
     """Several policies over the same prompts, judged by reward and cost models; OUT/report."""
 
-    run: RunConfig = field(default_factory=RunConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     policies: dict[str, str] = field(default_factory=dict)
     """Name -> run folder or checkpoint; the first one anchors Elo at 0."""
     reward_model: ModelConfig = field(default_factory=ModelConfig)

@@ -56,12 +56,14 @@ def plot_models(path: Path, models: Sequence[dict]) -> None:
         left, right = figure.subplots(1, 2)
         rates = [100 * model["harmful_rate"] for model in models]
         left.plot(xs, rates, "-", color=ORANGE, marker="o")
+        top = max(rates) * 1.2  # leaves room for the labels
         for x, model in zip(xs, models, strict=True):
             if model.get("judged"):
                 low, high = wilson_interval(round(model["harmful_rate"] * model["judged"]), model["judged"])
                 left.vlines(x, 100 * low, 100 * high, color=ORANGE, alpha=0.6, linewidth=4)
+                top = max(top, 100 * high)
             left.annotate(f"{rates[x]:.1f}%", (x, rates[x]), (0, 8), textcoords="offset points", ha="center")
-        left.set_ylim(0, max(max(rates) * 1.2, 5))
+        left.set_ylim(0, max(top, 5))
         left.set_title("harmful answers, held-out red-team prompts (%)")
         curves = [
             ("helpfulness, all prompts", "helpfulness_elo", BLUE, "o"),
@@ -73,7 +75,8 @@ def plot_models(path: Path, models: Sequence[dict]) -> None:
             if not all(map(math.isnan, ys)):
                 right.plot(xs, ys, "-", color=color, marker=marker, label=label)
         right.set_title(f"Elo over {models[0]['name']}")
-        right.legend()
+        if right.lines:
+            right.legend()
         for axes in (left, right):
             axes.set_xticks(xs, names)
             axes.margins(x=0.12)

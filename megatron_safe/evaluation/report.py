@@ -17,8 +17,9 @@ The summary is a plain dict, so that any program can make or read one:
                                       'shaping'), nu (shaping only), mean_reward, mean_cost, harmful_rate,
                                       helpfulness_elo
 
-Anything but `name` and `harmful_rate` may be missing or None; it is then shown as "-". Each sentence under a picture is
-made from the numbers drawn in it.
+Anything but `name`, `harmful_rate` and a point's `kind` and `nu` may be missing or None; it is then shown as "-". A
+point without mean reward or mean cost stands in the table alone. Each sentence under a picture is made from the numbers
+drawn in it.
 """
 
 from __future__ import annotations
@@ -105,8 +106,9 @@ def write_report(
         plots.plot_scores(folder / "scores.png", ends)
     points = (summary.get("ablations") or {}).get("points") or []
     if points:
-        pictures.append(("Ablations: reward against cost", "ablations.png", _say_ablations(points)))
-        plots.plot_ablations(folder / "ablations.png", points)
+        drawn = [p for p in points if p.get("mean_reward") is not None and p.get("mean_cost") is not None]
+        pictures.append(("Ablations: reward against cost", "ablations.png", _say_ablations(drawn)))
+        plots.plot_ablations(folder / "ablations.png", drawn)
     (folder / "index.html").write_text(_page(summary, pictures, points), encoding="utf-8")
 
 
@@ -125,7 +127,7 @@ def _read_columns(path: Path) -> dict[str, list[float]]:
     """λ, J_C and the threshold by step from a PPO-Lag run's metrics.jsonl; NaN where a step has none."""
     keys = ("lambda", "j_c", "threshold")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise UserError(f"{path}: expected the metrics of a PPO-Lag run, found {error.strerror}") from None
     columns: dict[str, list[float]] = {key: [] for key in keys}
@@ -150,13 +152,16 @@ def _say_models(first: dict, last: dict) -> str:
     if last.get("judged"):
         low, high = wilson_interval(round(last["harmful_rate"] * last["judged"]), last["judged"])
         rate += f" ({last['judged']:,} judged answers; 95% interval {low:.1%} to {high:.1%})"
-    sentences = [f"{rate}; {first['name']} answered {first['harmful_rate']:.1%} so."]
+    if first is last:
+        sentences = [f"{rate}."]
+    else:
+        sentences = [f"{rate}; {first['name']} answered {first['harmful_rate']:.1%} so."]
     elos = [
         f"{last[key]:+.0f} {where}"
         for key, where in (("helpfulness_elo", "over all prompts"), ("helpfulness_elo_benign", "on benign ones"))
         if last.get(key) is not None
     ]
-    if elos:
+    if elos and first is not last:
         sentences.append(f"Its helpfulness Elo over {first['name']} is {' and '.join(elos)}.")
     if last.get("refusal_rate_benign") is not None:
         sentences.append(f"It refuses {last['refusal_rate_benign']:.1%} of the benign prompts.")

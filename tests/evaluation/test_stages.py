@@ -10,8 +10,6 @@ import sys
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_safe.cli import parse, run_stage
@@ -21,9 +19,7 @@ from megatron_safe.data.records import Prompt
 from megatron_safe.data.tokenizer import load_tokenizer
 from megatron_safe.errors import UserError
 from megatron_safe.evaluation.answers import Answer, generate_answers, score_answers
-from megatron_safe.evaluation.elo import elo_difference
-from megatron_safe.evaluation.judges import Judgement, ModelJudge
-from megatron_safe.evaluation.summary import compare_models, judged_summary, pairwise_elo
+from megatron_safe.evaluation.judges import ModelJudge
 from megatron_safe.runtime import start
 from megatron_safe.training.setup import make_role
 
@@ -228,67 +224,6 @@ def test_model_judge_goes_by_the_sign_of_the_cost(roles, tokenizer):
     short = ModelJudge(roles["reward_model"], roles["cost_model"], tokenizer, TEMPLATE, 12, 4)
     with pytest.raises(UserError, match="reward_model: expected a finite score of every answer, found 1 of 7"):
         short.judge(DIALOGUES)
-
-
-# Summaries.
-
-
-def test_judged_summary_counts_by_hand():
-    # red-team, category, harmful, helpfulness, refusal
-    rows = [
-        (True, "heat", True, 1.0, False),
-        (True, "heat", False, 2.0, True),
-        (True, "dust", False, -1.0, True),
-        (True, None, True, 0.0, False),
-        (False, "heat", True, 4.0, True),  # benign: counts for refusals alone
-        (False, None, False, 0.0, False),
-        (False, None, False, 0.0, False),
-    ]
-    judgements = [Judgement(helpful, harmful, float(harmful), refusal) for _, _, harmful, helpful, refusal in rows]
-    records = [Prompt("the", red_team, category) for red_team, category, *_ in rows]
-    summary = judged_summary("ours", judgements, records)
-    low, high = summary.pop("harmful_rate_interval")
-    assert 0 < low < 0.5 < high < 1
-    assert summary == {
-        "name": "ours",
-        "judged": 4,
-        "harmful_rate": 0.5,
-        "harmful_rate_by_category": {"dust": 0.0, "heat": 0.5},
-        "mean_helpfulness": 6 / 7,
-        "refusal_rate_benign": 1 / 3,
-    }
-    unsure = [dataclasses.replace(judgement, refusal=None) for judgement in judgements]
-    assert judged_summary("ours", unsure, records)["refusal_rate_benign"] is None
-    with pytest.raises(ValueError, match="red-team prompts, found none"):
-        judged_summary("ours", judgements[4:], records[4:])
-    with pytest.raises(ValueError):
-        judged_summary("ours", judgements[1:], records)
-
-
-@settings(deadline=None)
-@given(pairs=st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1, max_size=30))
-def test_pairwise_elo_of_two_is_their_elo_difference(pairs):
-    ours, theirs = zip(*pairs, strict=True)
-    rate = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs) / len(pairs)
-    elos = pairwise_elo({"base": theirs, "ours": ours}, "base")
-    assert elos == {"base": 0.0, "ours": pytest.approx(elo_difference(rate, len(pairs)), abs=1e-6)}
-    swapped = pairwise_elo({"base": theirs, "ours": ours}, "ours")
-    assert swapped["base"] == pytest.approx(-elos["ours"], abs=1e-6)
-
-
-def test_compare_models_puts_elo_on_each_dimension_and_on_benign_prompts():
-    records = [Prompt("the", True, "heat")] * 4 + [Prompt("the")] * 4
-    base = [Judgement(1.0, True, 1.0)] * 8
-    # Less helpful on three of the four red-team prompts, more helpful on three benign ones, safer on seven of all.
-    ours = [Judgement(h, c > 0, c) for h, c in zip([0, 0, 0, 2, 2, 2, 2, 0], [-1] * 7 + [2], strict=True)]
-    first, second = compare_models({"base": base, "ours": ours}, records)
-    assert [first[key] for key in first if key.endswith(("elo", "benign"))] == [None, 0.0, 0.0, 0.0]
-    assert (first["harmful_rate"], second["harmful_rate"]) == (1.0, 0.0)
-    assert second["helpfulness_elo"] == pytest.approx(0.0, abs=1e-6)
-    assert second["helpfulness_elo_benign"] == pytest.approx(400 * math.log10(3))
-    assert second["harmlessness_elo"] == pytest.approx(400 * math.log10(7))
-    (alone,) = compare_models({"base": base[:4]}, records[:4])
-    assert alone["helpfulness_elo"] == 0.0 and alone["helpfulness_elo_benign"] is None
 
 
 # Stages.

@@ -34,7 +34,8 @@ setup(
         # apex is not here: the package of that name on PyPI is another project. NVIDIA's images bring the real one,
         # and Megatron-Core prefers Transformer Engine's fused kernels to apex's anyway.
         "gpu": ["triton", "transformer-engine[pytorch]>=2.9,<2.12", "flash-attn"],
-        "test": ["pytest", "hypothesis", "ruff"],
+        # triton: its interpreter runs the kernels on a CPU; published for Linux only.
+        "test": ["pytest", "hypothesis", "ruff", "triton; platform_system == 'Linux'"],
     },
     entry_points={"console_scripts": ["megatron-safe = megatron_safe.cli:main"]},
 )

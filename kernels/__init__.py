@@ -1,1 +1,1 @@
-"""Fused operations of Safe RLHF, one per file; imports torch only. Installed as `megatron_safe.kernels`."""
+"""Fused operations of Safe RLHF, one per file; imports torch and triton only. Installed as `megatron_safe.kernels`."""

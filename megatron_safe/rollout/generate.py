@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 
 from megatron_safe.config import RolloutConfig
 from megatron_safe.data.batches import TokenBatch
-from megatron_safe.kernels.sample import philox_uniform, sample
+from megatron_safe.kernels.sample import NoiseKey, philox_uniform, sample
 from megatron_safe.models.roles import Role
 from megatron_safe.rollout.cache import KVCache
 
@@ -43,12 +43,21 @@ class Trajectories:
 class _Group:
     """The samples that move through the stages together."""
 
-    def __init__(self, role: Role, prompts: TokenBatch, uniforms_bN: torch.Tensor, max_new_tokens: int, pad_id: int):
+    def __init__(
+        self,
+        role: Role,
+        prompts: TokenBatch,
+        seed: int,
+        sample_ids_b: torch.Tensor,
+        uniforms_bN: torch.Tensor,
+        pad_id: int,
+    ):
         module, device = role.module, role.runtime.device
         self.prompt_tokens_bP = prompts.tokens_BL
         self.prompt_lengths_b = prompts.prompt_lengths_B
         self.longest_prompt = self.prompt_tokens_bP.size(1)
-        self.uniforms_bN = uniforms_bN
+        self.seed, self.sample_ids_b, self.uniforms_bN = seed, sample_ids_b, uniforms_bN
+        max_new_tokens = uniforms_bN.size(1)
         size = self.prompt_tokens_bP.size(0)
         first_layer = module.decoder.layers[0].layer_number
         self.cache = KVCache(
@@ -139,7 +148,7 @@ def generate(
     size = prompts.tokens_BL.size(0)
     parts = torch.arange(size, device=runtime.device).tensor_split(min(size, runtime.pp_size))
     groups = [
-        _Group(role, prompts.select(rows), uniforms_BN[rows], config.max_new_tokens, pad_id) for rows in parts
+        _Group(role, prompts.select(rows), seed, sample_ids_B[rows], uniforms_BN[rows], pad_id) for rows in parts
     ]
     rope = module.rotary_pos_emb(prompts.tokens_BL.size(1) + config.max_new_tokens)
     wires = _Wires(role)
@@ -212,6 +221,7 @@ def _sample(role: Role, group: _Group, hidden_1bh, step: int, config: RolloutCon
         config.top_k,
         config.top_p,
         parallel_state.get_tensor_model_parallel_group(),
+        NoiseKey(group.seed, group.sample_ids_b, step),
     )
     tokens_b = tokens_b.masked_fill(group.ended_b, pad_id)
     group.new_tokens_bN[:, step] = tokens_b

@@ -1,4 +1,5 @@
-"""Vocabulary shards without processes: p ranks as p threads that meet at a barrier for each collective."""
+"""Vocabulary shards without processes: p ranks as p threads that meet at a barrier for each collective. And both
+backends: Triton's interpreter stands in for a GPU."""
 
 import threading
 
@@ -6,17 +7,24 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_safe.kernels.backend import set_backend
+
 
 class _Meeting:
     def __init__(self, size: int):
         self.barrier = threading.Barrier(size, timeout=60)
         self.brought: list = [None] * size
+        self.turn = threading.Lock()  # Triton's interpreter keeps its state in globals: one rank at a time
 
     def exchange(self, rank: int, tensor: torch.Tensor) -> list[torch.Tensor]:
         self.brought[rank] = tensor.clone()
-        self.barrier.wait()
-        everything = list(self.brought)
-        self.barrier.wait()  # nobody brings the next tensor before all have looked
+        self.turn.release()
+        try:
+            self.barrier.wait()
+            everything = list(self.brought)
+            self.barrier.wait()  # nobody brings the next tensor before all have looked
+        finally:
+            self.turn.acquire()
         return everything
 
 
@@ -52,7 +60,8 @@ def on_shards():
 
         def work(rank: int) -> None:
             try:
-                results[rank] = function(rank, _Group(rank, meeting))
+                with meeting.turn:
+                    results[rank] = function(rank, _Group(rank, meeting))
             except BaseException as error:
                 errors.append(error)
                 meeting.barrier.abort()
@@ -70,3 +79,19 @@ def on_shards():
         patch.setattr(dist, "all_gather", _all_gather)
         patch.setattr(dist, "all_reduce", _all_reduce)
         yield run
+
+
+@pytest.fixture
+def triton_backend(monkeypatch):
+    """Triton for every kernel, and NaN (-12345) in whatever it allocates with `new_empty`: all must be written."""
+    pytest.importorskip("triton")
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self, *size, **options):
+        tensor = new_empty(self, *size, **options)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else -12345)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    set_backend("triton")
+    yield
+    set_backend("auto")

@@ -1,0 +1,130 @@
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_safe.algorithms.lagrange import LagrangeMultiplier
+from megatron_safe.kernels.backend import set_backend
+from megatron_safe.kernels.lagrangian import lagrange_state, lagrange_step
+
+CUDA = torch.cuda.is_available()
+PATHS = [
+    "torch",
+    pytest.param("triton", marks=pytest.mark.skipif(CUDA, reason="no interpreter where there is a GPU: -m gpu")),
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]),
+]
+RULE = dict(lambda_lr=0.3, threshold=0.1, lambda_min=0.01, lambda_max=10.0)
+
+
+@pytest.fixture(params=PATHS)
+def device(request, monkeypatch):
+    """Every path; what it allocates without filling is poisoned."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+    set_backend("torch" if request.param == "torch" else "triton")
+    yield "cuda" if request.param == "cuda" else "cpu"
+    set_backend("auto")
+
+
+def owner(window, lambda_init=1.0, delay=0, **rule):
+    """The class on the host, which the kernel must equal."""
+    return LagrangeMultiplier(lambda_init=lambda_init, update_delay_steps=delay, window=window, **(RULE | rule))
+
+
+def check(state, multiplier, mean_1):
+    assert state.lambda_1.item() == pytest.approx(multiplier.value, rel=1e-12, abs=0)
+    expected = multiplier.mean_episode_cost
+    assert math.isnan(mean_1) if expected is None else mean_1.item() == pytest.approx(expected, rel=1e-12, abs=1e-14)
+    costs = multiplier.state_dict()["episode_costs"]
+    episodes, window = state.episodes_1.item(), state.costs_W.numel()
+    ring = [state.costs_W[i % window].item() for i in range(max(0, episodes - window), episodes)]
+    assert ring == costs  # the same costs in the same order, exactly
+
+
+batches = st.lists(
+    st.lists(st.tuples(st.floats(-5, 5, width=32), st.booleans()), min_size=0, max_size=9), min_size=1, max_size=6
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batches=batches, window=st.integers(1, 12), delay=st.integers(0, 3), lr=st.floats(0, 3))
+def test_equals_the_class_on_the_host(device, batches, window, delay, lr):
+    multiplier = owner(window, delay=delay, lambda_lr=lr)
+    state = lagrange_state(1.0, window, device)
+    for step, batch in enumerate(batches):
+        costs_B = torch.tensor([cost for cost, _ in batch], dtype=torch.float32, device=device)
+        counted_B = torch.tensor([counts for _, counts in batch], dtype=torch.bool, device=device)
+        multiplier.observe([cost for cost, counts in batch if counts])
+        multiplier.update(step)
+        mean_1 = lagrange_step(state, costs_B, counted_B, step >= delay, **(RULE | {"lambda_lr": lr}))
+        check(state, multiplier, mean_1)
+
+
+def test_a_batch_larger_than_the_window_leaves_its_end(device):
+    state, multiplier = lagrange_state(1.0, 5, device), owner(5)
+    for size in (3, 17, 5, 1):
+        costs_B = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(device)
+        multiplier.observe(costs_B.tolist())
+        multiplier.update(0)
+        check(state, multiplier, lagrange_step(state, costs_B, None, True, **RULE))
+
+
+@pytest.mark.parametrize("cost, bound", [(1e6, 10.0), (-1e6, 0.01)])
+def test_bounds_are_exact(device, cost, bound):
+    state = lagrange_state(1.0, 4, device)
+    lagrange_step(state, torch.tensor([cost], device=device), None, True, **RULE)
+    assert state.lambda_1.item() == bound
+
+
+def test_before_the_first_episode_nothing_moves(device):
+    state = lagrange_state(2.0, 3, device)
+    uncounted_B = torch.zeros(2, dtype=torch.bool, device=device)
+    mean_1 = lagrange_step(state, torch.ones(2, device=device), uncounted_B, True, **RULE)
+    assert mean_1.isnan() and state.lambda_1.item() == 2.0 and state.episodes_1.item() == 0
+
+
+def test_update_false_only_observes(device):
+    state = lagrange_state(2.0, 3, device)
+    mean_1 = lagrange_step(state, torch.tensor([1.0, 2.0], device=device), None, False, **RULE)
+    assert mean_1.item() == 1.5 and state.lambda_1.item() == 2.0 and state.episodes_1.item() == 2
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_cost_that_is_not_finite_never_counts(device, bad):
+    state, multiplier = lagrange_state(1.0, 8, device), owner(8)
+    multiplier.observe([0.5, -2.0])
+    multiplier.update(0)
+    mean_1 = lagrange_step(state, torch.tensor([0.5, bad, -2.0], device=device), None, True, **RULE)
+    check(state, multiplier, mean_1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_costs_of_other_dtypes(device, dtype):
+    state, multiplier = lagrange_state(1.0, 8, device), owner(8)
+    costs_B = torch.tensor([0.3, -1.7, 2.2]).to(dtype).to(device)
+    multiplier.observe(costs_B.tolist())
+    multiplier.update(0)
+    check(state, multiplier, lagrange_step(state, costs_B, None, True, **RULE))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_rank_and_every_number_of_ranks_has_the_same_bits(on_shards, device, ranks):
+    generator = torch.Generator().manual_seed(3)
+    batches = [
+        (torch.randn(8, generator=generator).to(device), torch.rand(8, generator=generator).to(device) < 0.7)
+        for _ in range(4)
+    ]
+
+    def train(rank, group):
+        state = lagrange_state(0.7, 11, device)
+        size = 1 if group is None else group.size()
+        for costs_B, counted_B in batches:
+            mean_1 = lagrange_step(state, costs_B[rank::size], counted_B[rank::size], True, **RULE, group=group)
+        return *state, mean_1
+
+    alone = train(0, None)
+    for found in on_shards(ranks, train):
+        for one, other in zip(found, alone, strict=True):
+            assert torch.equal(one, other)

@@ -98,7 +98,7 @@ def expected_actor_loss(actor, experience, advantages_BT, rows, config, temperat
             side = (ratio > 1 + config.clip_ratio) * 1 - (ratio < 1 - config.clip_ratio) * 1
             kinds.add((int(side), advantage > 0))
             sums["clipped"] += float(side != 0)
-            sums["kl"] += float(ratio - 1 - log_ratio)
+            sums["kl"] += float((ratio - 1 - log_ratio).detach())
             sums["entropy"] += float(entropy_T[t])
             sums["tokens"] += 1
         weight = 1 / len(losses) if config.loss_reduction == "sequence" else 1.0

@@ -196,11 +196,3 @@ def _read_json(file: Path) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(value).__name__}")
     return value
-
-
-def check_tokenizer_fits(tokenizer: Tokenizer, vocab_size: int, what: str) -> None:
-    """UserError where `what` (say "reward model") has fewer embeddings than the tokenizer has tokens."""
-    if vocab_size < tokenizer.vocab_size:
-        raise UserError(
-            f"{what}: expected a vocabulary of at least {tokenizer.vocab_size} for this tokenizer, found {vocab_size}"
-        )

@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
@@ -133,13 +132,3 @@ class Role:
             self.optimizer.step()
         self.schedule.step(increment=1)
         return {"grad_norm": grad_norm, "lr": lr, "skipped": float(skipped)}
-
-    def parameter_count(self) -> int:
-        """Parameters on this rank."""
-        return sum(parameter.numel() for parameter in self.module.parameters())
-
-    @torch.no_grad()
-    def copy_weights_from(self, other: "Role") -> None:
-        """Start from another role of the same architecture and head: critics from their models."""
-        self.module.load_state_dict(other.module.state_dict())
-        self.reload_master_weights()

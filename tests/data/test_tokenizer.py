@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from megatron_safe.data.tokenizer import check_tokenizer_fits, load_tokenizer
+from megatron_safe.data.tokenizer import load_tokenizer
 from megatron_safe.errors import UserError
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -130,12 +130,6 @@ def test_folder_with_both_kinds_uses_tokenizer_json(byte_folder, piece_file, tmp
 def test_sentencepiece_folder_with_any_name(piece_file, tmp_path):
     shutil.copy(piece_file, tmp_path / "spiece.model")
     assert load_tokenizer(str(tmp_path)).eos_id == 2
-
-
-def test_check_tokenizer_fits(byte_tokenizer):
-    check_tokenizer_fits(byte_tokenizer, 259, "actor")
-    with pytest.raises(UserError, match=r"^actor: expected a vocabulary of at least 259 .*, found 258$"):
-        check_tokenizer_fits(byte_tokenizer, 258, "actor")
 
 
 def missing(tmp_path):

@@ -1,6 +1,7 @@
 """Vocabulary shards without processes: p ranks as p threads that meet at a barrier for each collective. And both
 backends: Triton's interpreter stands in for a GPU."""
 
+import math
 import threading
 
 import pytest
@@ -8,6 +9,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_safe.kernels.backend import set_backend
+
+CUDA = torch.cuda.is_available()
+PATHS = [
+    "torch",
+    pytest.param("triton", marks=pytest.mark.skipif(CUDA, reason="no interpreter where there is a GPU: -m gpu")),
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]),
+]
 
 
 class _Meeting:
@@ -94,4 +102,14 @@ def triton_backend(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     set_backend("triton")
     yield
+    set_backend("auto")
+
+
+@pytest.fixture(params=PATHS)
+def device(request, monkeypatch):
+    """Every path; what it allocates without filling is poisoned."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+    set_backend("torch" if request.param == "torch" else "triton")
+    yield "cuda" if request.param == "cuda" else "cpu"
     set_backend("auto")

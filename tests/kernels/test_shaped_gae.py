@@ -5,27 +5,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_safe.kernels.backend import set_backend
 from megatron_safe.kernels.shaped_gae import mixed_moments, shaped_gae
 
 SETTINGS = dict(kl_coeff=0.1, score_clip=3.0, gamma=0.99, lam=0.95)
 KINDS = [("rewards_B", "reward_values_BT", -1), ("costs_B", "cost_values_BT", 1)]
-CUDA = torch.cuda.is_available()
-PATHS = [
-    "torch",
-    pytest.param("triton", marks=pytest.mark.skipif(CUDA, reason="no interpreter where there is a GPU: -m gpu")),
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]),
-]
-
-
-@pytest.fixture(params=PATHS)
-def device(request, monkeypatch):
-    """Every path; what it allocates without filling is poisoned."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
-    set_backend("torch" if request.param == "torch" else "triton")
-    yield "cuda" if request.param == "cuda" else "cpu"
-    set_backend("auto")
 
 
 def make(spans, columns, seed=0, dtype=torch.float32, device="cpu", junk=math.nan):

@@ -5,25 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_safe.kernels.backend import set_backend
 from megatron_safe.kernels.value_loss import value_loss
-
-CUDA = torch.cuda.is_available()
-PATHS = [
-    "torch",
-    pytest.param("triton", marks=pytest.mark.skipif(CUDA, reason="no interpreter where there is a GPU: -m gpu")),
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]),
-]
-
-
-@pytest.fixture(params=PATHS)
-def device(request, monkeypatch):
-    """Every path; what it allocates without filling is poisoned."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
-    set_backend("torch" if request.param == "torch" else "triton")
-    yield "cuda" if request.param == "cuda" else "cpu"
-    set_backend("auto")
 
 
 def make(shape, seed=0, device="cpu", dtype=torch.float32):

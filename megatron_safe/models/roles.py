@@ -5,6 +5,7 @@ import math
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_safe.config import ModelConfig, OptimizerConfig
@@ -124,11 +125,15 @@ class Role:
         """
         finalize_model_grads([self.trainable])
         lr = self.optimizer.param_groups[0]["lr"]
-        # Megatron-Core looks for NaN only where it scales losses (fp16); here one would end up in every weight.
+        # The parts of Megatron-Core's own `step`, which looks for NaN only where it scales losses (fp16); here one
+        # would end up in every weight.
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         skipped = not math.isfinite(grad_norm)
         if not skipped:
-            self.optimizer.step()
+            limit, parameters = self.optimizer.config.clip_grad, self.optimizer.get_parameters()
+            if limit > 0 and parameters:  # a distributed optimizer may leave a rank without any
+                clip_grad_by_total_norm_fp32(parameters, limit, grad_norm)
+            self.optimizer.step_with_ready_grads()
         self.schedule.step(increment=1)
         return {"grad_norm": grad_norm, "lr": lr, "skipped": float(skipped)}

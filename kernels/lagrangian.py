@@ -47,9 +47,9 @@ def lagrange_step(
 ) -> torch.Tensor:
     """Observe a rollout batch's episode costs, then ln λ ← ln λ + α λ (J_C - threshold) (Safe RLHF, appendix B).
 
-    J_C is the mean of the last W episode costs; λ is kept in [lambda_min, lambda_max]. Equals
-    `algorithms.lagrange.LagrangeMultiplier` to the rounding of fp64 (the sum here is not exact), and is itself bitwise
-    the same for every number of ranks: the costs enter the ring in the order of the global batch.
+    J_C is the mean of the last W episode costs; λ is kept in [lambda_min, lambda_max]. All arithmetic is fp64; the last
+    bits of J_C depend on where in the ring the costs lie, and on the path. Bitwise the same for every number of ranks:
+    the costs enter the ring in the order of the global batch.
 
     Args:
         state: updated in place, on this rank; all ranks hold the same.

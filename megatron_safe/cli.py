@@ -49,8 +49,22 @@ def parse(stage: str, arguments: list[str]):
     return config
 
 
+def choose_kernels(backend: str, device) -> None:
+    """Which implementation of the fused operations this process runs. Raises UserError where it cannot run here."""
+    import torch
+
+    from megatron_safe.kernels.backend import set_backend, use_triton
+
+    try:
+        set_backend(backend)
+        use_triton(torch.empty(0, device=device))
+    except RuntimeError as error:
+        raise UserError(f"kernels.backend: {error}") from error
+
+
 def run_stage(stage: str, config, runtime) -> None:
     """Run one stage inside a started runtime."""
+    choose_kernels(config.kernels.backend, runtime.device)
     if stage == "sft":
         from megatron_safe.training import sft
 

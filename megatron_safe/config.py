@@ -40,6 +40,12 @@ class ParallelConfig:
 
 
 @dataclass
+class KernelsConfig:
+    backend: Literal["auto", "triton", "torch"] = "auto"
+    """Fused operations: `auto` is Triton on CUDA and vectorised PyTorch on CPU."""
+
+
+@dataclass
 class TokenizerConfig:
     path: str = ""
     """Folder with a Hugging Face `tokenizer.json`, or a SentencePiece `.model`."""
@@ -246,6 +252,7 @@ class StageConfig:
 
     run: RunConfig = field(default_factory=RunConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 from tokenizers import Tokenizer
 
@@ -48,10 +49,10 @@ def say(project, trained, tmp_path, capfd):
 # What it shows.
 
 
-def command(*arguments):
+def command(*arguments, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "megatron_safe.cli", *arguments],
-        capture_output=True, text=True, timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        [sys.executable, "-m", "megatron_safe.cli", *arguments], capture_output=True, text=True, timeout=100,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | environment,
     )  # fmt: skip
 
 
@@ -339,6 +340,15 @@ def test_in_a_process_of_its_own(project, trained, files, tmp_path, name):
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("megatron-safe: error: ") and message.format(**files) in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton has a GPU here")
+def test_triton_without_a_gpu_is_refused(project, tmp_path):
+    arguments = project.arguments("sft", tmp_path / "out", "one", "--kernels.backend=triton")
+    done = command("sft", *arguments, TRITON_INTERPRET="0")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert line.startswith("megatron-safe: error: kernels.backend: ") and "cpu" in line
 
 
 def test_only_the_first_rank_speaks(monkeypatch, capsys):

@@ -4,16 +4,13 @@ Legend: N tokens, v = V/p this rank's vocabulary shard, h hidden size, B sequenc
 """
 
 import importlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-
-from megatron_safe.algorithms.gae import generalized_advantages
-from megatron_safe.algorithms.lagrange import LagrangeMultiplier
-from megatron_safe.algorithms.ppo import clipped_policy_loss_BT, clipped_value_loss_BT, mix_advantages
-from megatron_safe.algorithms.shaping import shape_rewards_and_costs
+from eager import eager_gae, eager_lagrange_step, eager_logprob, eager_loss, eager_sample, eager_value_loss
 
 CLIP = 0.2
 SHAPING = dict(kl_coeff=0.02, score_clip=50.0, gamma=1.0, lam=0.95)
@@ -81,49 +78,6 @@ def rivals_here(wanted: list[str]) -> tuple[set[str], list[str]]:
 def operation(name: str):
     """A public function of kernels/, by its name; its file has the same one."""
     return getattr(importlib.import_module(f"megatron_safe.kernels.{name}"), name)
-
-
-# What a reader of the paper would write.
-
-
-def eager_logprob(logits_Nv, targets_N):
-    log_p_Nv = logits_Nv.float().log_softmax(dim=-1)
-    entropy_N = -(log_p_Nv.exp() * log_p_Nv).sum(dim=-1)
-    return log_p_Nv.gather(1, targets_N[:, None])[:, 0], entropy_N
-
-
-def eager_loss(logits_Nv, targets_N, old_N, reward_N, cost_N, mask_N, weights_N, lam):
-    log_probs_N, entropy_N = eager_logprob(logits_Nv, targets_N)
-    log_ratio_N = torch.where(mask_N, log_probs_N - old_N, 0.0)
-    advantages_N = mix_advantages(reward_N, cost_N, lam)
-    loss_N = clipped_policy_loss_BT(log_ratio_N, torch.zeros_like(log_ratio_N), advantages_N, CLIP)
-    with torch.no_grad():
-        ratio_N = log_ratio_N.exp()
-        clipped = ((ratio_N - 1).abs() > CLIP).sum()
-        statistics = ((entropy_N * mask_N).sum(), clipped, (ratio_N - 1 - log_ratio_N).sum(), mask_N.sum())
-    return (loss_N * weights_N).sum(), torch.stack([x.double() for x in statistics])
-
-
-def eager_sample(logits_Nv):
-    log_p_Nv = logits_Nv.float().log_softmax(dim=-1)
-    tokens_N = torch.multinomial(log_p_Nv.exp(), 1)
-    return tokens_N[:, 0], log_p_Nv.gather(1, tokens_N)[:, 0]
-
-
-def eager_gae(log_probs_BT, ref_log_probs_BT, rewards_B, costs_B, reward_values_BT, cost_values_BT, mask_BT):
-    token_BT = shape_rewards_and_costs(
-        log_probs_BT, ref_log_probs_BT, rewards_B, costs_B, mask_BT, SHAPING["kl_coeff"], SHAPING["score_clip"]
-    )
-    discounts = SHAPING["gamma"], SHAPING["lam"]
-    reward = generalized_advantages(reward_values_BT, token_BT[0], mask_BT, *discounts)
-    return *reward, *generalized_advantages(cost_values_BT, token_BT[1], mask_BT, *discounts)
-
-
-def eager_value_loss(values_BT, old_BT, returns_BT, weights_BT):
-    return (clipped_value_loss_BT(values_BT, old_BT, returns_BT, CLIP) * weights_BT).sum()
-
-
-# The cases.
 
 
 class Inputs:
@@ -204,7 +158,7 @@ def logits_cases(name: str, shape: Shape, inputs: Inputs, rivals: set[str]) -> I
             plain = lambda x, t=t: eager_logprob(x, t["targets_N"])[0].sum()  # noqa: E731
         else:
             functions["ours"] = lambda x, t=t: ours(x, *t.values(), CLIP)[0]
-            plain = lambda x, t=t: eager_loss(x, **t)[0]  # noqa: E731
+            plain = lambda x, t=t: eager_loss(x, **t, clip_ratio=CLIP)[0]  # noqa: E731
         functions |= eager(plain, rivals) | compiled(plain, rivals)
         if "liger" in rivals:
             liger = importlib.import_module("liger_kernel.transformers").LigerCrossEntropyLoss(reduction="sum")
@@ -226,7 +180,7 @@ def linear_cases(name: str, shape: Shape, inputs: Inputs, rivals: set[str]) -> I
         targets_N = t["targets_N"]
         if training:
             functions = {"ours": lambda x, w, t=t: ours(x, w, *t.values(), CLIP)[0]}
-            plain = lambda x, w, t=t: eager_loss(x @ w.t(), **t)[0]  # noqa: E731
+            plain = lambda x, w, t=t: eager_loss(x @ w.t(), **t, clip_ratio=CLIP)[0]  # noqa: E731
         else:
             functions = {"ours": lambda x, w, y=targets_N: ours(x, w, y)}
             plain = lambda x, w, y=targets_N: eager_logprob(x @ w.t(), y)  # noqa: E731
@@ -270,7 +224,7 @@ def gae_cases(name: str, shape: Shape, inputs: Inputs, rivals: set[str]) -> Iter
         for _ in range(inputs.sets(moved))
     ]  # fmt: skip
     # No "compile": it would unroll the loop over T.
-    functions = {"ours": lambda x: ours(*x, **SHAPING)} | eager(lambda x: eager_gae(*x), rivals)
+    functions = {"ours": lambda x: ours(*x, **SHAPING)} | eager(lambda x: eager_gae(*x, **SHAPING), rivals)
     contenders = {key: Contender(lambda i: sets[i % len(sets)], f) for key, f in functions.items()}
     yield Case(name, f"{shape.name} B={b} T={t}", moved, b * t * 40, contenders)
 
@@ -279,7 +233,7 @@ def value_loss_cases(name: str, shape: Shape, inputs: Inputs, rivals: set[str]) 
     ours, size = operation(name), (shape.sequences, shape.actions)
     values = [inputs.normal(*size) for _ in range(inputs.sets(shape.sequences * shape.actions * 16))]
     constants = [inputs.normal(*size), inputs.normal(*size), torch.rand(size, device=inputs.device)]
-    plain = lambda x: eager_value_loss(x, *constants)  # noqa: E731
+    plain = lambda x: eager_value_loss(x, *constants, CLIP)  # noqa: E731
     functions = {"ours": lambda x: ours(x, *constants, CLIP)} | eager(plain, rivals) | compiled(plain, rivals)
     label = f"{shape.name} B={size[0]} T={size[1]}"
     for case in passes(name, label, functions, values, 0, 10 * values[0].numel()):
@@ -291,11 +245,11 @@ def value_loss_cases(name: str, shape: Shape, inputs: Inputs, rivals: set[str]) 
 def lagrangian_cases(name: str, shape: Shape, inputs: Inputs, rivals: set[str]) -> Iterator[Case]:
     module = importlib.import_module("megatron_safe.kernels.lagrangian")
     state, costs_B = module.lagrange_state(1.0, 256, inputs.device), inputs.normal(shape.sequences)
-    host = LagrangeMultiplier(lambda_init=1.0, update_delay_steps=0, window=256, **RULE)
+    lambda_, costs_W = 1.0, deque(maxlen=256)
 
     def on_the_host(_):
-        host.observe(costs_B.tolist())
-        host.update(0)
+        nonlocal lambda_
+        lambda_ = eager_lagrange_step(lambda_, costs_W, costs_B, **RULE)
 
     functions = {"ours": lambda _: module.lagrange_step(state, costs_B, None, True, **RULE)}
     contenders = {key: Contender(lambda i: None, f) for key, f in (functions | eager(on_the_host, rivals)).items()}

@@ -1,12 +1,19 @@
-"""The Lagrange multiplier λ of Safe RLHF: how much the cost weighs against the reward (Safe RLHF, appendix B)."""
+"""The Lagrange multiplier λ of Safe RLHF: how much the cost weighs against the reward (Safe RLHF, appendix B).
+
+Legend: B episodes on this data-parallel rank.
+"""
 
 import math
-from collections import deque
 from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_safe.kernels.lagrangian import lagrange_state, lagrange_step
 
 
 class LagrangeMultiplier:
-    """Owns λ and the last `window` episode costs; J_C is their mean.
+    """Owns λ and the last `window` episode costs, on a device that it never waits for; J_C is the mean of the costs.
 
     ln λ ← ln λ + α λ (J_C - threshold): λ grows while the policy is more harmful than the threshold allows.
 
@@ -17,9 +24,10 @@ class LagrangeMultiplier:
     wait; the authors' code has no floor (use a tiny lambda_min for its behaviour), and 0 does not exist in log space.
 
     lambda_init: λ before the first update. lambda_max: ceiling of λ. lambda_lr: α. threshold: the J_C that is aimed at,
-    in units of the cost model's score, may be negative (the paper's -d). update_delay_steps: `update` does nothing
+    in units of the cost model's score, may be negative (the paper's -d). update_delay_steps: λ does not move
     before this step, so that J_C and the cost critic settle first. window: number of episodes J_C is taken over.
-    lambda_min: floor of λ, > 0; at 0.01 the cost still weighs 1 % of the reward.
+    lambda_min: floor of λ, > 0; at 0.01 the cost still weighs 1 % of the reward. device: that of the training; all
+    ranks hold the same.
 
     Raises ValueError, naming the field, unless 0 < lambda_min <= lambda_init <= lambda_max, lambda_lr >= 0,
     update_delay_steps >= 0, window >= 1, and all are finite.
@@ -34,6 +42,7 @@ class LagrangeMultiplier:
         update_delay_steps: int,
         window: int,
         lambda_min: float = 0.01,
+        device: torch.device | str = "cpu",
     ) -> None:
         floats = {
             "lambda_init": lambda_init,
@@ -57,68 +66,71 @@ class LagrangeMultiplier:
             raise ValueError(f"update_delay_steps must be >= 0, found {update_delay_steps}")
         if window < 1:
             raise ValueError(f"window must be >= 1, found {window}")
-        self.lambda_min = lambda_min
-        self.lambda_max = lambda_max
-        self.lambda_lr = lambda_lr
-        self.threshold = threshold
         self.update_delay_steps = update_delay_steps
-        self._lambda = float(lambda_init)
-        self._episode_costs: deque[float] = deque(maxlen=window)
+        self._rule = dict(lambda_lr=lambda_lr, threshold=threshold, lambda_min=lambda_min, lambda_max=lambda_max)
+        self._state = lagrange_state(lambda_init, window, device)
 
     @property
-    def value(self) -> float:
-        """λ, within [lambda_min, lambda_max]."""
-        return self._lambda
+    def value(self) -> torch.Tensor:
+        """λ, within [lambda_min, lambda_max]; 0-d fp64 on the device, and later steps do not change it."""
+        return self._state.lambda_1[0].clone()
 
     @property
-    def mean_episode_cost(self) -> float | None:
-        """J_C, or None before the first episode."""
-        if not self._episode_costs:
-            return None
-        # fsum does not depend on the order of the episodes, hence neither on how many ranks they came from.
-        return math.fsum(self._episode_costs) / len(self._episode_costs)
+    def mean_episode_cost(self) -> torch.Tensor:
+        """J_C, NaN before the first episode; 0-d fp64 on the device."""
+        _, costs_W, episodes_1 = self._state
+        # Of the state alone, so that it is the same after a resume; where it is not filled, the ring holds 0.
+        return costs_W.sum() / episodes_1[0].clamp(max=len(costs_W))
 
-    def observe(self, episode_costs: list[float]) -> None:
-        """Append one rollout batch's episode costs, oldest first: those of ALL data-parallel ranks, already gathered.
+    def step(
+        self,
+        step: int,
+        episode_costs_B: torch.Tensor,
+        counted_B: torch.Tensor | None = None,
+        group: dist.ProcessGroup | None = None,
+        move: bool = True,
+    ) -> None:
+        """Observe one rollout batch's episode costs; then, if `move` and step >= update_delay_steps, one step of ln λ.
 
-        Every rank must pass the same list in the same order, or their λ part ways. If the batch is larger than the
-        window, only its end is kept. Raises ValueError at a cost that is not finite: it would poison λ for good.
+        episode_costs_B: [B] floating, on the device: the rows `rank::size` of the global batch, as many on every rank
+        of `group`, the data-parallel one (None: one rank). counted_B: [B] bool, the episodes that count (None: all); a
+        cost that is not finite never does, as it would poison λ for good. If more count than the window holds, only
+        the last of them are kept. Before the first counted episode λ stays.
         """
-        _check_finite_costs(episode_costs)
-        self._episode_costs.extend(float(cost) for cost in episode_costs)
-
-    def update(self, step: int) -> None:
-        """One step of ln λ; nothing while step < update_delay_steps or no episode has been observed."""
-        mean_episode_cost = self.mean_episode_cost
-        if step < self.update_delay_steps or mean_episode_cost is None:
-            return
-        log_step = self.lambda_lr * self._lambda * (mean_episode_cost - self.threshold)
-        # The step of ln λ, taken on λ: exp(log(λ)) may miss λ by a rounding error, and with it the exact bounds.
-        # math.exp raises above 709; long before that the ceiling holds.
-        self._lambda = self._clamp(self._lambda * math.exp(min(log_step, 700.0)))
+        lagrange_step(
+            self._state, episode_costs_B, counted_B, move and step >= self.update_delay_steps, **self._rule, group=group
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """λ and the window; survives JSON bit for bit. The settings are the config's, not the checkpoint's."""
-        return {"lambda": self._lambda, "episode_costs": list(self._episode_costs)}
+        """λ, the costs in the window, oldest first, and how many there have ever been; survives JSON bit for bit.
+
+        Waits for the device. The settings are the config's, not the checkpoint's.
+        """
+        lambda_1, costs_W, episodes_1 = self._state
+        episodes, costs = int(episodes_1), costs_W.tolist()
+        oldest_first = [costs[i % len(costs)] for i in range(max(0, episodes - len(costs)), episodes)]
+        return {"lambda": float(lambda_1), "episode_costs": oldest_first, "episodes": episodes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`; under changed settings the newest costs and λ clamped to the new bounds are kept.
 
-        Raises KeyError for a missing key, ValueError for a number that is not finite.
+        "episodes" may be missing: then J_C, a sum over the ring, may differ in its last bits from the run that saved.
+        Raises KeyError for another missing key, ValueError for a number that is not finite.
         """
         value, episode_costs = float(state["lambda"]), state["episode_costs"]
         if not math.isfinite(value):
             raise ValueError(f"lambda must be finite, found {value}")
-        _check_finite_costs(episode_costs)
-        self._lambda = self._clamp(value)
-        self._episode_costs.clear()
-        self._episode_costs.extend(episode_costs)
-
-    def _clamp(self, value: float) -> float:
-        return min(max(value, self.lambda_min), self.lambda_max)
-
-
-def _check_finite_costs(episode_costs: list[float]) -> None:
-    for index, cost in enumerate(episode_costs):
-        if not math.isfinite(cost):
-            raise ValueError(f"episode_costs[{index}] must be finite, found {cost}")
+        for index, cost in enumerate(episode_costs):
+            if not math.isfinite(cost):
+                raise ValueError(f"episode_costs[{index}] must be finite, found {cost}")
+        lambda_1, costs_W, episodes_1 = self._state
+        window = len(costs_W)
+        newest = episode_costs[-window:]
+        # A ring that is not full begins at place 0; a full one where it did, so that its sum has the same bits.
+        episodes = state.get("episodes", len(newest)) if len(newest) == window else len(newest)
+        ring = [0.0] * window
+        for i, cost in enumerate(newest, start=episodes - len(newest)):
+            ring[i % window] = cost
+        lambda_1.fill_(min(max(value, self._rule["lambda_min"]), self._rule["lambda_max"]))
+        costs_W.copy_(torch.tensor(ring, dtype=torch.float64))
+        episodes_1.fill_(episodes)

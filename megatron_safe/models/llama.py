@@ -67,7 +67,10 @@ class ScalarHead(torch.nn.Module):
 
 
 class Llama(GPTModel):
-    """GPTModel whose padded vocabulary rows can never be predicted, or whose head is a scalar."""
+    """GPTModel that ends with its last hidden states, or with a scalar head.
+
+    What a language model makes of its hidden states is `models.heads`' business: training never holds their logits.
+    """
 
     def __init__(self, *args, head: Head, true_vocab_size: int, **kwargs):
         super().__init__(*args, **kwargs)
@@ -77,20 +80,29 @@ class Llama(GPTModel):
             self.output_layer = ScalarHead(self.config.hidden_size, self.config.params_dtype, device)
         self.true_vocab_size = true_vocab_size
 
-    def mask_padding_rows(self, logits: torch.Tensor) -> torch.Tensor:
-        """In place: logits [..., V/p] of vocabulary rows that are only padding become the smallest finite number."""
-        shard = logits.size(-1)
+    def output_weight(self) -> torch.Tensor:
+        """[V/p, h] of the language head, tied to the embedding or not; on the last stage."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def logits(self, hidden_Sbh: torch.Tensor) -> torch.Tensor:
+        """[S, b, V/p]; those of vocabulary rows that are only padding are the smallest finite number."""
+        logits_Sbv, _ = self.output_layer(hidden_Sbh, weight=self.output_weight())
+        shard = logits_Sbv.size(-1)
         first = self.pg_collection.tp.rank() * shard
         if first + shard > self.true_vocab_size:
-            logits[..., max(0, self.true_vocab_size - first) :] = torch.finfo(logits.dtype).min
-        return logits
+            logits_Sbv[..., max(0, self.true_vocab_size - first) :] = torch.finfo(logits_Sbv.dtype).min
+        return logits_Sbv
 
     def forward(self, input_ids, attention_mask=None):
-        """tokens [B, S] -> last stage: logits [B, S, V/p] or scores [B, S]; other stages: hidden states [S, B, h]."""
+        """tokens [B, S] -> scores [B, S] on the last stage of a scalar head, otherwise hidden states [S, B, h]."""
         output = super().forward(input_ids, None, attention_mask)
-        if not self.post_process:
-            return output
-        return self.mask_padding_rows(output) if self.head == "language" else output.squeeze(-1)
+        return output.squeeze(-1) if self.post_process and self.head == "scalar" else output
+
+    def _postprocess(self, hidden_states, *args, **kwargs):
+        """GPTModel's own would make the logits."""
+        return hidden_states if self.head == "language" else super()._postprocess(hidden_states, *args, **kwargs)
 
 
 def _layer_spec() -> ModuleSpec:

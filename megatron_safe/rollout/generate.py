@@ -211,11 +211,8 @@ def _advance(
 
 
 def _sample(role: Role, group: _Group, hidden_1bh, step: int, config: RolloutConfig, eos_id: int, pad_id: int):
-    module = role.module
-    weight = module.shared_embedding_or_output_weight() if module.share_embeddings_and_output_weights else None
-    logits_1bv, _ = module.output_layer(hidden_1bh, weight=weight)
     tokens_b, log_probs_b = sample(
-        module.mask_padding_rows(logits_1bv[0]),
+        role.module.logits(hidden_1bh)[0],
         group.uniforms_bN[:, step],
         config.temperature,
         config.top_k,

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_safe.algorithms.gae import generalized_advantages
-from megatron_safe.algorithms.shaping import shape_rewards_and_costs
 from megatron_safe.config import PpoTrainingConfig
+from megatron_safe.kernels.shaped_gae import ShapedGae, shaped_gae
 from megatron_safe.models.heads import last_token_scores, token_log_probs
 from megatron_safe.models.pipeline import forward
 from megatron_safe.models.roles import Role
@@ -20,8 +19,8 @@ from megatron_safe.rollout.generate import Trajectories
 class Experience:
     """A scored rollout batch; [B] or [B, T], fp32, masked outside the answers.
 
-    `rewards_B` and `costs_B` are the episode scores R and C; advantages and returns exist once for reward and once for
-    cost (zeros where a baseline has no cost model or critic).
+    `rewards_B` and `costs_B` are the episode scores R and C (zeros where a baseline has no cost model); `gae` holds the
+    advantages and returns of both.
     """
 
     trajectories: Trajectories
@@ -30,10 +29,7 @@ class Experience:
     costs_B: torch.Tensor
     reward_values_BT: torch.Tensor
     cost_values_BT: torch.Tensor
-    reward_advantages_BT: torch.Tensor
-    cost_advantages_BT: torch.Tensor
-    reward_returns_BT: torch.Tensor
-    cost_returns_BT: torch.Tensor
+    gae: ShapedGae
 
 
 def score(
@@ -62,30 +58,16 @@ def score(
     ref_log_probs_BT = mask_BT * forward(
         roles["reference"],
         inputs,
-        lambda logits, part: token_log_probs(logits, part["targets"], temperature)[0],
+        lambda hidden, part: token_log_probs(roles["reference"].module, hidden, part["targets"], temperature),
         size,
     )
     rewards_B = episode("reward_model") - config.missing_eos_penalty * ~trajectories.ended_B
     costs_B = episode("cost_model")
     reward_values_BT, cost_values_BT = values("reward_critic"), values("cost_critic")
-    token_rewards_BT, token_costs_BT = shape_rewards_and_costs(
-        trajectories.log_probs_BT, ref_log_probs_BT, rewards_B, costs_B, mask_BT, config.kl_coeff, config.score_clip
-    )
-    reward_advantages_BT, reward_returns_BT = generalized_advantages(
-        reward_values_BT, token_rewards_BT, mask_BT, config.gamma, config.gae_lambda
-    )
-    cost_advantages_BT, cost_returns_BT = generalized_advantages(
-        cost_values_BT, token_costs_BT, mask_BT, config.gamma, config.gae_lambda
-    )
+    gae = shaped_gae(
+        trajectories.log_probs_BT, ref_log_probs_BT, rewards_B, costs_B, reward_values_BT, cost_values_BT, mask_BT,
+        config.kl_coeff, config.score_clip, config.gamma, config.gae_lambda,
+    )  # fmt: skip
     return Experience(
-        trajectories=trajectories,
-        ref_log_probs_BT=ref_log_probs_BT,
-        rewards_B=rewards_B,
-        costs_B=costs_B,
-        reward_values_BT=reward_values_BT,
-        cost_values_BT=cost_values_BT,
-        reward_advantages_BT=reward_advantages_BT,
-        cost_advantages_BT=cost_advantages_BT,
-        reward_returns_BT=reward_returns_BT,
-        cost_returns_BT=cost_returns_BT,
+        trajectories, ref_log_probs_BT, rewards_B, costs_B, reward_values_BT, cost_values_BT, gae
     )

@@ -8,27 +8,29 @@ learning from the shaped reward (r - ν c) / (1 + ν)).
 from typing import Literal
 
 import torch
+from megatron.core import parallel_state
 
 from megatron_safe.algorithms.lagrange import LagrangeMultiplier
-from megatron_safe.algorithms.ppo import masked_moments, mix_advantages, whiten
 from megatron_safe.config import LagrangeConfig, PpoConfig
 from megatron_safe.data.datasets import DemonstrationDataset, PromptDataset
 from megatron_safe.data.sampler import ShuffledStream, shard
 from megatron_safe.data.sources import read_demonstrations, read_prompts
 from megatron_safe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_safe.errors import UserError
+from megatron_safe.kernels.shaped_gae import mixed_moments
 from megatron_safe.models.roles import Role
 from megatron_safe.rollout.generate import generate
 from megatron_safe.runtime import Runtime
 from megatron_safe.training import checkpoint
 from megatron_safe.training.experience import Experience, score
 from megatron_safe.training.metrics import PhaseTimer, peak_memory_gib
-from megatron_safe.training.ppo_steps import actor_step, critic_step
+from megatron_safe.training.ppo_steps import Mix, actor_step, critic_step
 from megatron_safe.training.prompts import PromptStream
 from megatron_safe.training.run import Run, check_batch
 from megatron_safe.training.setup import build_role, resolve_role
 
 Algorithm = Literal["ppo-lag", "ppo", "ppo-reward-shaping"]
+WHITEN_EPSILON = 1e-8  # added to the variance
 
 
 def run(config: PpoConfig, runtime: Runtime, algorithm: Algorithm) -> None:
@@ -41,7 +43,7 @@ def run(config: PpoConfig, runtime: Runtime, algorithm: Algorithm) -> None:
     )
     stream = PromptStream(prompts, ppo.rollout_batch_size, ppo.red_team_share, config.run.seed)
     demonstrations = ptx_dataset(config, tokenizer)
-    multiplier = LagrangeMultiplier(**multiplier_settings(config.lagrange))
+    multiplier = LagrangeMultiplier(**multiplier_settings(config.lagrange), device=runtime.device)
 
     with Run(config, algorithm, ppo.steps, runtime) as folder:
         roles = make_roles(config, algorithm, tokenizer, runtime, folder)
@@ -67,17 +69,18 @@ def run(config: PpoConfig, runtime: Runtime, algorithm: Algorithm) -> None:
                 phase.tokens = int(trajectories.batch.lengths_B.sum())
             with timer.phase("train") as phase:
                 counted = batch.red_team_B if config.lagrange.prompts == "red-team" else None
-                multiplier.observe(episode_costs(experience, counted, runtime))
-                if algorithm == "ppo-lag":
-                    multiplier.update(step)
-                lam = {"ppo-lag": multiplier.value, "ppo": 0.0, "ppo-reward-shaping": ppo.shaping_coeff}[algorithm]
-                advantages_BT = mix(experience, lam, ppo.whiten_advantages, runtime)
-                values = learn(config, roles, experience, advantages_BT, demonstrations, step, runtime)
+                dp_group = parallel_state.get_data_parallel_group()
+                multiplier.step(step, experience.costs_B, counted, dp_group, move=algorithm == "ppo-lag")
+                lam = multiplier.value
+                if algorithm != "ppo-lag":
+                    lam = torch.full_like(lam, 0.0 if algorithm == "ppo" else ppo.shaping_coeff)
+                mix = make_mix(experience, lam, ppo.whiten_advantages, runtime)
+                values = learn(config, roles, experience, mix, demonstrations, step, runtime)
                 phase.tokens = ppo.epochs * int(trajectories.batch.lengths_B.sum())
 
             values |= rollout_statistics(experience, batch.red_team_B, runtime)
-            values |= {"lambda": lam, "threshold": config.lagrange.threshold}
-            values |= {"j_c": float("nan") if multiplier.mean_episode_cost is None else multiplier.mean_episode_cost}
+            values |= {"lambda": float(lam), "threshold": config.lagrange.threshold}
+            values |= {"j_c": float(multiplier.mean_episode_cost)}
             values |= timer.report() | {"peak_memory_gib": peak_memory_gib()}
             if folder.finish_step(step + 1, values, learners, {"lagrange": multiplier.state_dict()}):
                 break
@@ -158,31 +161,20 @@ def make_roles(
     }
 
 
-def episode_costs(experience: Experience, counted_B: torch.Tensor | None, runtime: Runtime) -> list[float]:
-    """Episode costs of the whole rollout batch (of the counted prompts), the same list on every rank."""
-    costs_B = experience.costs_B if counted_B is None else experience.costs_B.masked_fill(~counted_B, float("nan"))
-    costs_B = runtime.gather_over_data_parallel(costs_B)
-    return costs_B[~costs_B.isnan()].tolist()
-
-
-def mix(experience: Experience, lam: float, whitened: bool, runtime: Runtime) -> torch.Tensor:
-    """(Â_r - λ Â_c) / (1 + λ), whitened over the global rollout batch if asked."""
-    advantages_BT = mix_advantages(experience.reward_advantages_BT, experience.cost_advantages_BT, lam)
+def make_mix(experience: Experience, lam: torch.Tensor, whitened: bool, runtime: Runtime) -> Mix:
+    """The mix at λ = lam, whitened over the global rollout batch if asked."""
     if not whitened:
-        return advantages_BT
-    mask_BT = experience.trajectories.mask_BT
-    sums = [float(value) for value in masked_moments(advantages_BT, mask_BT)]
-    total = runtime.sum_over_data_parallel(dict(zip(("sum", "squares", "count"), sums, strict=True)))
-    count = max(total["count"], 1.0)
-    mean = total["sum"] / count
-    return whiten(advantages_BT, mask_BT, mean, total["squares"] / count - mean**2)
+        return Mix(lam)
+    sums_6 = runtime.gather_over_data_parallel(experience.gae.sums_6[None]).sum(dim=0)
+    mean, variance = mixed_moments(sums_6, lam)
+    return Mix(lam, mean, torch.rsqrt(variance + WHITEN_EPSILON))
 
 
 def learn(
     config: PpoConfig,
     roles: dict[str, Role],
     experience: Experience,
-    advantages_BT: torch.Tensor,
+    mix: Mix,
     demonstrations: DemonstrationDataset | None,
     step: int,
     runtime: Runtime,
@@ -192,7 +184,11 @@ def learn(
     batches = ppo.rollout_batch_size // ppo.mini_batch_size
     rows_per_batch = ppo.mini_batch_size // runtime.dp_size
     ptx_stream = demonstrations and ShuffledStream(len(demonstrations), ppo.mini_batch_size, config.run.seed)
-    mask_BT = experience.trajectories.mask_BT
+    mask_BT, gae = experience.trajectories.mask_BT, experience.gae
+    critics = {
+        "reward_critic": (experience.reward_values_BT, gae.reward_returns_BT),
+        "cost_critic": (experience.cost_values_BT, gae.cost_returns_BT),
+    }
     measured: dict[str, list[float]] = {}
     for update in range(ppo.epochs * batches):
         start = (update % batches) * rows_per_batch
@@ -207,17 +203,11 @@ def learn(
                 indices = ptx_stream.indices(step * ppo.epochs * batches + update)
                 ptx = demonstrations.batch(shard(indices, runtime.dp_rank, runtime.dp_size))
             values |= actor_step(
-                roles["actor"], experience, advantages_BT, rows, ppo, config.rollout.temperature, normalizer, ptx
+                roles["actor"], experience, mix, rows, ppo, config.rollout.temperature, normalizer, ptx
             )
-        values |= critic_step(
-            roles["reward_critic"], experience, experience.reward_values_BT, experience.reward_returns_BT, rows, ppo,
-            normalizer,
-        )  # fmt: skip
-        if "cost_critic" in roles:
-            values |= critic_step(
-                roles["cost_critic"], experience, experience.cost_values_BT, experience.cost_returns_BT, rows, ppo,
-                normalizer,
-            )  # fmt: skip
+        for name, (old_values_BT, returns_BT) in critics.items():
+            if name in roles:
+                values |= critic_step(roles[name], experience, old_values_BT, returns_BT, rows, ppo, normalizer)
         for name, value in values.items():
             measured.setdefault(name, []).append(value)
     return {name: sum(found) / len(found) for name, found in measured.items()}

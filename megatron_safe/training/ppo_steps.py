@@ -1,27 +1,37 @@
 """One optimizer step of the actor and of the critics on a mini-batch of experience.
 
-Legend: B rows of the mini-batch on this data-parallel rank, T actions, v this rank's vocabulary shard.
+Legend: B rows of the mini-batch on this data-parallel rank, T actions, h hidden size.
 """
+
+from typing import NamedTuple
 
 import torch
 
-from megatron_safe.algorithms.ppo import clipped_policy_loss_BT, clipped_value_loss_BT, policy_statistics, reduce_loss
 from megatron_safe.config import PpoTrainingConfig
 from megatron_safe.data.batches import TokenBatch
-from megatron_safe.models.heads import token_log_probs
+from megatron_safe.kernels.linear_ppo_lag_loss import linear_ppo_lag_loss
+from megatron_safe.kernels.ppo_lag_loss import STATISTICS, token_weights
+from megatron_safe.kernels.value_loss import value_loss
+from megatron_safe.models.heads import head_inputs, head_options, sequence_first
 from megatron_safe.models.pipeline import forward_backward
 from megatron_safe.models.roles import Role
 from megatron_safe.training.experience import Experience
 from megatron_safe.training.sft import STATISTICS as PTX_STATISTICS
 from megatron_safe.training.sft import demonstration_batch, demonstration_loss
 
-ACTOR_STATISTICS = ("actor_loss", "entropy", "clipped", "approximate_kl", "tokens")
+
+class Mix(NamedTuple):
+    """Â = (Â_r - λ Â_c) / (1 + λ), whitened with mean and 1 / standard deviation if they are given; 0-d tensors."""
+
+    lam: torch.Tensor
+    mean: torch.Tensor | None = None
+    rstd: torch.Tensor | None = None
 
 
 def actor_step(
     actor: Role,
     experience: Experience,
-    advantages_BT: torch.Tensor,
+    mix: Mix,
     rows: slice,
     config: PpoTrainingConfig,
     temperature: float,
@@ -33,27 +43,27 @@ def actor_step(
     Args:
         normalizer: sequences (or action tokens, as `loss_reduction` says) in the global mini-batch.
     """
-    tokens_BL = experience.trajectories.batch.tokens_BL[rows]
-    batch = {
-        "tokens": tokens_BL[:, :-1],
+    tokens_BL, mask_BT = experience.trajectories.batch.tokens_BL[rows], experience.trajectories.mask_BT[rows]
+    per_token = {
         "targets": tokens_BL[:, 1:],
-        "mask": experience.trajectories.mask_BT[rows],
         "old_log_probs": experience.trajectories.log_probs_BT[rows],
-        "advantages": advantages_BT[rows],
+        "reward_advantages": experience.gae.reward_advantages_BT[rows],
+        "cost_advantages": experience.gae.cost_advantages_BT[rows],
+        "mask": mask_BT,
+        "weights": token_weights(mask_BT, config.loss_reduction, normalizer),
     }
 
-    def loss(logits_BTv, part):
-        log_probs_BT, entropy_BT = token_log_probs(logits_BTv, part["targets"], temperature)
-        mask_BT = part["mask"]
-        # Outside the answers the ratio means nothing and could overflow: pin it to 1.
-        log_probs_BT = torch.where(mask_BT, log_probs_BT, part["old_log_probs"])
-        loss_BT = clipped_policy_loss_BT(log_probs_BT, part["old_log_probs"], part["advantages"], config.clip_ratio)
-        total = reduce_loss(loss_BT, mask_BT, config.loss_reduction, normalizer)
-        statistics = policy_statistics(log_probs_BT.detach(), part["old_log_probs"], mask_BT, config.clip_ratio)
-        return total, {"actor_loss": total, "entropy": (entropy_BT.detach() * mask_BT).sum(), **statistics}
+    def loss(hidden_TBh, part):
+        total, statistics_4 = linear_ppo_lag_loss(
+            *head_inputs(actor.module, hidden_TBh), *(sequence_first(part[name]) for name in per_token),
+            mix.lam, config.clip_ratio, temperature,
+            advantage_mean=mix.mean, advantage_rstd=mix.rstd, **head_options(actor.module),
+        )  # fmt: skip
+        return total, {"actor_loss": total, **dict(zip(STATISTICS, statistics_4.unbind(), strict=True))}
 
     actor.zero_grad()
-    sums = forward_backward(actor, batch, loss, ACTOR_STATISTICS, config.micro_batch_size)
+    batch = {"tokens": tokens_BL[:, :-1], **per_token}
+    sums = forward_backward(actor, batch, loss, ("actor_loss", *STATISTICS), config.micro_batch_size)
     values = {"actor_loss": sums["actor_loss"]}
     tokens = max(sums["tokens"], 1.0)
     values |= {name: sums[key] / tokens for name, key in (
@@ -61,7 +71,7 @@ def actor_step(
     )}  # fmt: skip
     if ptx is not None:
         demonstrations, global_tokens = demonstration_batch(ptx, actor.runtime)
-        ptx_loss = demonstration_loss(config.ptx_coeff, global_tokens)
+        ptx_loss = demonstration_loss(actor, config.ptx_coeff, global_tokens)
         ptx_sums = forward_backward(actor, demonstrations, ptx_loss, PTX_STATISTICS, config.micro_batch_size)
         values["ptx_loss"] = ptx_sums["loss"]
     step = actor.step()
@@ -80,14 +90,13 @@ def critic_step(
     """The clipped value loss of one critic on `rows`."""
     batch = {
         "tokens": experience.trajectories.batch.tokens_BL[rows, :-1],
-        "mask": experience.trajectories.mask_BT[rows],
         "old_values": old_values_BT[rows],
         "returns": returns_BT[rows],
+        "weights": token_weights(experience.trajectories.mask_BT[rows], config.loss_reduction, normalizer),
     }
 
     def loss(values_BT, part):
-        loss_BT = clipped_value_loss_BT(values_BT.float(), part["old_values"], part["returns"], config.clip_value)
-        total = reduce_loss(loss_BT, part["mask"], config.loss_reduction, normalizer)
+        total = value_loss(values_BT, part["old_values"], part["returns"], part["weights"], config.clip_value)
         return total, {"value_loss": total}
 
     critic.zero_grad()

@@ -10,6 +10,7 @@ from megatron_safe.data.sources import read_demonstrations
 from megatron_safe.data.tokenizer import load_tokenizer
 from megatron_safe.models.heads import token_log_probs
 from megatron_safe.models.pipeline import forward_backward
+from megatron_safe.models.roles import Role
 from megatron_safe.runtime import Runtime
 from megatron_safe.training import checkpoint
 from megatron_safe.training.metrics import PhaseTimer, peak_memory_gib
@@ -27,11 +28,11 @@ def demonstration_batch(batch: TokenBatch, runtime: Runtime) -> tuple[dict[str, 
     return {"tokens": batch.tokens_BL[:, :-1], "targets": batch.tokens_BL[:, 1:], "mask": mask_BT}, tokens
 
 
-def demonstration_loss(weight: float, global_tokens: float):
+def demonstration_loss(actor: Role, weight: float, global_tokens: float):
     """`weight` x the mean negative log-likelihood of response tokens over the global batch."""
 
-    def loss(logits_BTv, part):
-        log_probs_BT, _ = token_log_probs(logits_BTv, part["targets"])
+    def loss(hidden_TBh, part):
+        log_probs_BT = token_log_probs(actor.module, hidden_TBh, part["targets"])
         mask_BT = part["mask"]
         mean = -(log_probs_BT * mask_BT).sum() / global_tokens
         return weight * mean, {"loss": mean, "tokens": mask_BT.sum()}
@@ -61,7 +62,7 @@ def run(config: SftConfig, runtime: Runtime) -> None:
                 rows = shard(stream.indices(step), runtime.dp_rank, runtime.dp_size)
                 batch, global_tokens = demonstration_batch(data.batch(rows), runtime)
                 actor.zero_grad()
-                loss = demonstration_loss(1.0, global_tokens)
+                loss = demonstration_loss(actor, 1.0, global_tokens)
                 values = forward_backward(actor, batch, loss, STATISTICS, config.batch.micro_batch_size)
                 values |= actor.step()
                 phase.tokens = batch["tokens"].numel()

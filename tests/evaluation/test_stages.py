@@ -133,14 +133,14 @@ def test_a_seed_gives_its_own_texts(answer):
 
 def test_greedy_is_the_likeliest_token_of_a_full_forward(answer, roles, tokenizer):
     greedy = dataclasses.replace(ROLLOUT, temperature=0.0)
-    answers = answer(rollout=greedy, samples_per_prompt=2)
+    answers, actor = answer(rollout=greedy, samples_per_prompt=2), roles["actor"].module
     assert [a.response for a in answers[::2]] == [a.response for a in answers[1::2]]
     for prompt, given_answer in zip(PROMPTS, answers[::2], strict=True):
         tokens = encode_prompt(tokenizer, TEMPLATE, prompt.prompt)
         ids = []
         while len(ids) < ROLLOUT.max_new_tokens and tokenizer.eos_id not in ids:
             with torch.no_grad():
-                logits_V = roles["actor"].module(torch.tensor([tokens + ids]))[0, -1]
+                logits_V = actor.logits(actor(torch.tensor([tokens + ids])))[-1, 0]
             ids.append(int(logits_V.argmax()))
         assert given_answer.ended == (ids[-1] == tokenizer.eos_id)
         assert given_answer.response == tokenizer.decode([i for i in ids if i != tokenizer.eos_id])

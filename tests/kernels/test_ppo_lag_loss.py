@@ -10,18 +10,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_safe.algorithms.ppo import (
-    clipped_policy_loss_BT,
-    masked_moments,
-    mix_advantages,
-    policy_statistics,
-    reduce_loss,
-    whiten,
-)
 from megatron_safe.kernels import vocab_parallel_logprob as logprob_module
 from megatron_safe.kernels.backend import set_backend
 from megatron_safe.kernels.ppo_lag_loss import STATISTICS, ppo_lag_loss, token_weights
-from megatron_safe.kernels.vocab_parallel_logprob import vocab_parallel_logprob
 
 CLIP = 0.2
 BACKENDS = ["torch", "triton"]
@@ -236,29 +227,25 @@ def test_kl_is_exact_around_a_ratio_of_one():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", ["sequence", "token"])
-def test_it_is_the_composition_of_its_parts(backend, mode):
-    """From [B, T] with padding and an empty row: the loss and statistics of `algorithms.ppo`, step by step."""
+def test_means_over_sequences_and_tokens_of_the_whitened_loss(on_shards, backend, mode):
+    """From [B, T] with padding and an empty row."""
     set_backend(backend)
-    logits_NV, targets_N, old_N, reward_N, cost_N, *_, lam = problem(12, 20)
-    mask_BT = torch.tensor([[0, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]], dtype=torch.bool)
-    advantages_BT = mix_advantages(reward_N, cost_N, lam).view(3, 4)
-    total, squares, count = masked_moments(advantages_BT, mask_BT)
-    mean, var = total / count, squares / count - (total / count) ** 2
-    normalizer = 7
-    weights_BT = token_weights(mask_BT, mode, normalizer)
-    found, statistics_4 = ppo_lag_loss(
-        logits_NV.clone(), targets_N, old_N, reward_N, cost_N, mask_BT.flatten(), weights_BT.flatten(), lam, CLIP,
-        advantage_mean=mean, advantage_rstd=torch.rsqrt(var + 1e-8),
-    )  # fmt: skip
+    mask = [[0, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]]
+    mask_BT, normalizer = torch.tensor(mask, dtype=torch.bool), 7
+    arguments = problem(12, 20)
+    _, _, _, reward, cost, _, _, lam = (x.tolist() for x in arguments)
+    inside = [n for n in range(12) if mask[n // 4][n % 4]]
+    mixed = [(reward[n] - lam * cost[n]) / (1 + lam) for n in inside]
+    mean = math.fsum(mixed) / len(mixed)
+    rstd = 1 / math.sqrt(math.fsum((x - mean) ** 2 for x in mixed) / len(mixed))
+    row_tokens = [sum(mask[n // 4]) if mode == "sequence" else 1 for n in range(12)]
+    weights = [1 / row_tokens[n] / normalizer if n in inside else 0.0 for n in range(12)]
 
-    set_backend("torch")
-    log_probs_N, _ = vocab_parallel_logprob(logits_NV, targets_N)
-    log_probs_BT, old_BT = (torch.where(mask_BT, x.view(3, 4), 0.0) for x in (log_probs_N, old_N))
-    loss_BT = clipped_policy_loss_BT(log_probs_BT, old_BT, whiten(advantages_BT, mask_BT, mean, var), CLIP)
-    assert float(found) == pytest.approx(float(reduce_loss(loss_BT, mask_BT, mode, normalizer)), rel=1e-5)
-    expected = policy_statistics(log_probs_BT, old_BT, mask_BT, CLIP)
-    for name in ("clipped", "approximate_kl", "tokens"):
-        assert float(statistics_4[STATISTICS.index(name)]) == pytest.approx(float(expected[name]), rel=1e-5)
+    arguments[5:7] = mask_BT.flatten(), torch.tensor(weights, dtype=torch.float64)
+    expected = reference(arguments, mean=mean, rstd=rstd)
+    arguments[6] = token_weights(mask_BT, mode, normalizer).flatten()
+    moments = dict(advantage_mean=torch.tensor(mean), advantage_rstd=torch.tensor(rstd))
+    compare(kernel(on_shards, 0, arguments, **moments), expected)
 
 
 def test_token_weights():

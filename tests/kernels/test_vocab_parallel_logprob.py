@@ -130,7 +130,7 @@ def test_logits_that_span_twenty_thousand(on_shards, shards):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_padded_vocabulary_rows(on_shards, shards, temperature, dtype):
-    """Logits of finfo.min, as `Llama.mask_padding_rows` writes: some in a shard, whole shards, all tokens but one."""
+    """Logits of finfo.min, as `Llama.logits` writes: some in a shard, whole shards, all tokens but one."""
     logits_NV, targets_N = draw(12, 32, dtype=dtype)
     for row, real in enumerate([31, 25, 24, 17, 16, 9, 8, 5, 2, 1, 1, 1]):
         logits_NV[row, real:] = torch.finfo(dtype).min

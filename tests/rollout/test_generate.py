@@ -66,10 +66,15 @@ def answers(trajectories) -> list[list[int]]:
     ]
 
 
+def full_forward(actor, tokens_BS):
+    """Logits [B, S, V] of forwards without a cache."""
+    return actor.module.logits(actor.module(tokens_BS)).transpose(0, 1)
+
+
 def full_forward_log_probs(actor, row, temperature):
     """log softmax(z / temperature) of each token of one row after the first, in float64, from a forward of the row."""
     with torch.no_grad():
-        logits_TV = actor.module(torch.tensor([row]))[0, :-1].double()
+        logits_TV = full_forward(actor, torch.tensor([row]))[0, :-1].double()
     return torch.log_softmax(logits_TV / (temperature or 1.0), dim=1).gather(1, torch.tensor(row[1:])[:, None])[:, 0]
 
 
@@ -102,7 +107,7 @@ def test_greedy_text_is_that_of_a_loop_without_a_cache(make_actor, groups, tied)
         tokens = row[:length]
         while len(tokens) < length + GREEDY.max_new_tokens and 5 not in tokens[length:]:
             with torch.no_grad():
-                tokens.append(int(actor.module(torch.tensor([tokens]))[0, -1].argmax()))
+                tokens.append(int(full_forward(actor, torch.tensor([tokens]))[0, -1].argmax()))
         assert answer == tokens[length:]
     assert len({tuple(answer) for answer in found}) == len(found)
 
@@ -236,7 +241,7 @@ def test_temperature_sharpens(make_actor):
         trajectories = run(actor, prompts, RolloutConfig(max_new_tokens=3, temperature=temperature))
         tokens_BL = trajectories.batch.tokens_BL
         with torch.no_grad():
-            log_probs = torch.log_softmax(actor.module(tokens_BL[:, :-1]), dim=-1).gather(2, tokens_BL[:, 1:, None])
+            log_probs = torch.log_softmax(full_forward(actor, tokens_BL[:, :-1]), -1).gather(2, tokens_BL[:, 1:, None])
         means.append(float(log_probs[..., 0][trajectories.mask_BT].mean()))
     assert means[0] > means[1] + 0.2 > means[2] + 0.4
 
@@ -247,7 +252,7 @@ def test_first_tokens_follow_the_models_distribution(make_actor):
     prompts = make_prompts([4]).select([0] * n)
     first_B = torch.tensor([text[0] for text in answers(run(actor, prompts, RolloutConfig(max_new_tokens=1)))])
     with torch.no_grad():
-        p_V = torch.softmax(actor.module(prompts.tokens_BL[:1])[0, -1, :VOCABULARY].double(), dim=0)
+        p_V = torch.softmax(full_forward(actor, prompts.tokens_BL[:1])[0, -1, :VOCABULARY].double(), dim=0)
     counts_V = torch.bincount(first_B, minlength=VOCABULARY).double()
     enough_V = p_V * n > 5
     chi_square = float(((counts_V - n * p_V) ** 2 / (n * p_V))[enough_V].sum())

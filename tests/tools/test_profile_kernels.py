@@ -2,10 +2,15 @@
 
 import json
 import sys
+from collections import deque
 from pathlib import Path
 
 import pytest
 import torch
+
+from megatron_safe.kernels.lagrangian import lagrange_state, lagrange_step
+from megatron_safe.kernels.ppo_lag_loss import ppo_lag_loss
+from megatron_safe.kernels.shaped_gae import shaped_gae
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -43,6 +48,58 @@ def test_every_operation_is_measured(tool, profiled):
             assert row["speedup"]["gemms"] > 0
         else:
             assert row["share_of_ceiling"] == pytest.approx(row["gb_per_s"] / record["copy_gb_per_s"])
+
+
+def flat(result) -> list[torch.Tensor]:
+    return [result] if isinstance(result, torch.Tensor) else [x for part in result for x in flat(part)]
+
+
+@pytest.mark.parametrize(
+    "operation",
+    ["vocab_parallel_logprob", "ppo_lag_loss", "linear_logprob", "linear_ppo_lag_loss", "shaped_gae", "value_loss"],
+)
+def test_eager_computes_what_the_kernel_does(tool, operation):
+    """Losses, gradients and advantages: of a rival that computes something else, the ratio would mean nothing."""
+    torch.manual_seed(0)
+    shape = tool.SHAPES["tiny"].with_tokens([7])
+    cases = list(tool.OPERATIONS[operation](operation, shape, tool.Inputs(torch.device("cpu"), 0), {"eager"}))
+    assert cases
+    for case in cases:
+        ours, eager = (flat(case.contenders[name].run(case.contenders[name].prepare(0))) for name in ("ours", "eager"))
+        assert any(x.abs().max() > 1e-3 for x in eager)
+        for x, expected in zip(ours, eager, strict=operation != "shaped_gae"):  # which also returns sums
+            torch.testing.assert_close(x.detach(), expected.detach(), atol=2e-4, rtol=2e-4)
+
+
+def test_eager_masks_statistics_and_lambda(tool):
+    """What the cases leave out: padding, the loss's statistics, whole answers of λ and of a sampled token."""
+    import eager
+
+    torch.manual_seed(0)
+    mask_BT = torch.tensor([[0, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [0, 0, 0, 0, 1]], dtype=torch.bool)
+    draws = [torch.randn(4, 5) for _ in range(4)]
+    inputs = *draws[:2], torch.randn(4), torch.randn(4), *draws[2:], mask_BT, 0.3, 1.0, 0.9, 0.8
+    for x, y in zip(shaped_gae(*inputs)[:4], eager.eager_gae(*inputs), strict=True):
+        torch.testing.assert_close(x, y)
+
+    mask_N = mask_BT.flatten()
+    inputs = [torch.randn(20, 9), torch.arange(20) % 9, -2 + torch.randn(20), torch.randn(20), torch.randn(20)]
+    inputs += [mask_N, mask_N / 3, torch.tensor(0.7), 0.2]
+    for x, y in zip(ppo_lag_loss(*inputs), eager.eager_loss(*inputs), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5, check_dtype=False)
+
+    rule = dict(lambda_lr=0.3, threshold=0.1, lambda_min=0.8, lambda_max=1.2)
+    state, lambda_, costs_W = lagrange_state(1.0, 5, "cpu"), 1.0, deque(maxlen=5)
+    seen = set()
+    for costs_B in (*torch.randn(6, 3), torch.full((3,), 9.0), torch.full((9,), -9.0)):
+        lagrange_step(state, costs_B, None, True, **rule)
+        lambda_ = eager.eager_lagrange_step(lambda_, costs_W, costs_B, **rule)
+        assert lambda_ == pytest.approx(state.lambda_1.item(), rel=1e-12)
+        seen.add(lambda_)
+    assert {0.8, 1.2} < seen
+
+    tokens_N, log_probs_N = eager.eager_sample(inputs[0])
+    torch.testing.assert_close(log_probs_N, eager.eager_logprob(inputs[0], tokens_N)[0])
 
 
 def test_picture_and_traces(profiled):

@@ -10,6 +10,7 @@ import torch
 
 from megatron_safe.config import ModelConfig, ParallelConfig, PpoTrainingConfig, RolloutConfig
 from megatron_safe.data.batches import collate
+from megatron_safe.kernels.shaped_gae import ShapedGae
 from megatron_safe.models.roles import Role
 from megatron_safe.rollout.generate import generate
 from megatron_safe.runtime import start
@@ -46,14 +47,19 @@ def clip(x, limit):
 
 
 def reference(roles, trajectories, config, temperature) -> dict[str, list]:
-    """Field of Experience -> [B] or [B, T] as Python floats."""
+    """Field of Experience or of its `gae` -> [B] or [B, T] as Python floats."""
 
     def read(name, tokens):
         with torch.no_grad():
-            return roles[name].module(torch.tensor([tokens]))[0].double() if name in roles else None
+            if name not in roles:
+                return None
+            module = roles[name].module
+            output = module(torch.tensor([tokens]))
+            return (module.logits(output)[:, 0] if module.head == "language" else output[0]).double()
 
     batch, width = trajectories.batch, trajectories.log_probs_BT.size(1)
-    result = {field.name: [] for field in dataclasses.fields(Experience) if field.name != "trajectories"}
+    fields = (*(field.name for field in dataclasses.fields(Experience)), *ShapedGae._fields)
+    result = {name: [] for name in fields if name not in ("trajectories", "gae", "sums_6")}
     for row, prompt, length, ended, log_probs in zip(
         batch.tokens_BL.tolist(), batch.prompt_lengths_B.tolist(), batch.lengths_B.tolist(),
         trajectories.ended_B.tolist(), trajectories.log_probs_BT.tolist(), strict=True,
@@ -88,7 +94,8 @@ def compare(roles, trajectories, config=CONFIG, temperature=1.0):
     experience = score(roles, trajectories, config, temperature)
     assert experience.trajectories is trajectories
     for name, expected in reference(roles, trajectories, config, temperature).items():
-        found = getattr(experience, name)
+        found = getattr(experience, name, None)
+        found = getattr(experience.gae, name) if found is None else found
         assert found.dtype == torch.float32, name
         expected = torch.tensor(expected, dtype=torch.float64)
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
@@ -116,7 +123,7 @@ def test_ragged_answers(roles, common_eos, temperature, score_clip):
     experience = compare(roles, trajectories, dataclasses.replace(CONFIG, score_clip=score_clip), temperature)
     assert experience.rewards_B.std() > 0.1 and experience.costs_B.std() > 0.1
     mask_BT = trajectories.mask_BT
-    assert (experience.reward_advantages_BT[mask_BT] != experience.cost_advantages_BT[mask_BT]).all()
+    assert (experience.gae.reward_advantages_BT[mask_BT] != experience.gae.cost_advantages_BT[mask_BT]).all()
 
 
 @pytest.mark.parametrize("size", [1, 3, 64])
@@ -136,7 +143,7 @@ def test_all_answers_are_eos_alone(roles):
     experience = compare(roles, trajectories)
     # One action: its advantage is its token reward less its value, whatever gamma and λ_GAE.
     token_reward_B = experience.rewards_B - 0.3 * (trajectories.log_probs_BT - experience.ref_log_probs_BT)[:, 3]
-    torch.testing.assert_close(experience.reward_returns_BT[:, 3], token_reward_B, rtol=0, atol=1e-5)
+    torch.testing.assert_close(experience.gae.reward_returns_BT[:, 3], token_reward_B, rtol=0, atol=1e-5)
 
 
 def test_one_action_column(roles):
@@ -154,8 +161,9 @@ def test_a_baseline_without_cost(roles, common_eos):
     rewarded = {name: role for name, role in roles.items() if not name.startswith("cost")}
     trajectories = roll_out(roles, [1, 4, 7, 2, 5], eos=common_eos)
     experience = compare(rewarded, trajectories, dataclasses.replace(CONFIG, kl_coeff=0.0))
-    for name in ("costs_B", "cost_values_BT", "cost_advantages_BT", "cost_returns_BT"):
-        assert (getattr(experience, name) == 0).all()
+    gae = experience.gae
+    for found in (experience.costs_B, experience.cost_values_BT, gae.cost_advantages_BT, gae.cost_returns_BT):
+        assert (found == 0).all()
     # A cost model without a critic, as `ppo` may have one to watch: the score is there, values are 0.
     watched = rewarded | {"cost_model": roles["cost_model"]}
     assert (compare(watched, trajectories).costs_B != 0).all()

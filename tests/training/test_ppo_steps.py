@@ -11,11 +11,12 @@ import torch
 
 from megatron_safe.config import ModelConfig, OptimizerConfig, ParallelConfig, PpoTrainingConfig
 from megatron_safe.data.batches import TokenBatch, collate
+from megatron_safe.kernels.shaped_gae import ShapedGae
 from megatron_safe.models.roles import Role
 from megatron_safe.rollout.generate import Trajectories
 from megatron_safe.runtime import start
 from megatron_safe.training.experience import Experience
-from megatron_safe.training.ppo_steps import actor_step, critic_step
+from megatron_safe.training.ppo_steps import Mix, actor_step, critic_step
 
 VOCABULARY, PAD = 21, 3
 MODEL = ModelConfig(
@@ -25,6 +26,7 @@ MODEL = ModelConfig(
 # No step and no clipping: the gradient stays where it is, to be read.
 STILL = OptimizerConfig(lr=0.0, clip_grad=0.0, schedule="constant")
 CONFIG = PpoTrainingConfig(micro_batch_size=1, clip_ratio=0.2, clip_value=0.5)
+LAMBDA = 0.75
 # (prompt tokens, answer tokens): an ordinary row, one action, a long one, all but one token prompt.
 SHAPES = [(3, 5), (4, 1), (1, 7), (6, 2)]
 
@@ -54,19 +56,29 @@ def draw_rows(shapes, seed=0) -> TokenBatch:
 
 def log_probs_and_entropies(actor, row, temperature):
     """[T] each, with a graph, of one row alone."""
-    logits_TV = actor.module(torch.tensor([row]))[0, :-1, :VOCABULARY]
+    hidden_Lbh = actor.module(torch.tensor([row]))
+    logits_TV = actor.module.logits(hidden_Lbh)[:-1, 0, :VOCABULARY]
     log_p_TV = torch.log_softmax(logits_TV.double() / temperature, dim=1)
     picked_T = log_p_TV.gather(1, torch.tensor(row[1:])[:, None])[:, 0]
     return picked_T, -(log_p_TV.exp() * log_p_TV).sum(dim=1)
 
 
-def make_experience(batch: TokenBatch, **given) -> Experience:
-    """Only what the steps read; the rest is NaN, to be noticed where it is not only carried along."""
+def make_experience(batch: TokenBatch, log_probs_BT=None, advantages_BT=None) -> Experience:
+    """Only what the steps read; the rest is NaN, to be noticed where it is not only carried along.
+
+    advantages_BT: what the advantages of reward and cost shall mix to at λ = LAMBDA.
+    """
     nothing = torch.full((len(batch), batch.tokens_BL.size(1) - 1), math.nan)
+    reward_BT = cost_BT = nothing
+    if advantages_BT is not None:
+        cost_BT = torch.randn(nothing.shape, generator=torch.Generator().manual_seed(5))
+        reward_BT = advantages_BT * (1 + LAMBDA) + LAMBDA * cost_BT
+    trajectories = Trajectories(
+        batch, nothing if log_probs_BT is None else log_probs_BT, torch.ones(len(batch), dtype=torch.bool)
+    )
     fields = {field.name: nothing for field in dataclasses.fields(Experience)}
-    log_probs_BT = given.pop("log_probs_BT", nothing)
-    trajectories = Trajectories(batch, log_probs_BT, torch.ones(len(batch), dtype=torch.bool))
-    return Experience(**fields | {"trajectories": trajectories} | given)
+    gae = ShapedGae(reward_BT, cost_BT, nothing, nothing, nothing)
+    return Experience(**fields | {"trajectories": trajectories, "gae": gae})
 
 
 def actor_experience(actor, batch, temperature=1.0, seed=2):
@@ -79,7 +91,7 @@ def actor_experience(actor, batch, temperature=1.0, seed=2):
             old_BT[row, : length - 1] = log_probs_and_entropies(actor, tokens[:length], temperature)[0].float()
     old_BT = torch.where(mask_BT, old_BT + 0.4 * torch.randn(mask_BT.shape, generator=generator), 0.0)
     advantages_BT = torch.where(mask_BT, torch.randn(mask_BT.shape, generator=generator), 0.0)
-    return make_experience(batch, log_probs_BT=old_BT), advantages_BT
+    return make_experience(batch, old_BT, advantages_BT), advantages_BT
 
 
 def expected_actor_loss(actor, experience, advantages_BT, rows, config, temperature, normalizer):
@@ -121,9 +133,10 @@ def check_gradients(role, loss):
     return math.sqrt(sum(float((gradient.double() ** 2).sum()) for gradient in expected.values()))
 
 
-def step_actor(actor, experience, advantages_BT, rows, config, temperature=1.0, normalizer=None, ptx=None):
+def step_actor(actor, experience, rows, config, temperature=1.0, normalizer=None, ptx=None, whitening=()):
+    mix = Mix(torch.tensor(LAMBDA, dtype=torch.float64), *whitening)
     normalizer = normalizer or float(rows.stop - rows.start)
-    return actor_step(actor, experience, advantages_BT, rows, config, temperature, normalizer, ptx)
+    return actor_step(actor, experience, mix, rows, config, temperature, normalizer, ptx)
 
 
 # The actor.
@@ -133,7 +146,7 @@ def step_actor(actor, experience, advantages_BT, rows, config, temperature=1.0, 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_actor_gradient_of_one_sample(actor, shape, temperature):
     experience, advantages_BT = actor_experience(actor, draw_rows([shape]), temperature)
-    values = step_actor(actor, experience, advantages_BT, slice(0, 1), CONFIG, temperature)
+    values = step_actor(actor, experience, slice(0, 1), CONFIG, temperature)
     loss, sums, _ = expected_actor_loss(actor, experience, advantages_BT, [0], CONFIG, temperature, 1.0)
     if float(loss.detach()) != 0 and sums["clipped"] < sums["tokens"]:
         norm = check_gradients(actor, loss)
@@ -151,15 +164,24 @@ def test_actor_gradient_of_a_batch_with_every_kind_of_clipping(actor, reduction,
     config = dataclasses.replace(CONFIG, loss_reduction=reduction, micro_batch_size=micro)
     experience, advantages_BT = actor_experience(actor, draw_rows(SHAPES))
     normalizer = 4.0 if reduction == "sequence" else float(experience.trajectories.mask_BT.sum())
-    step_actor(actor, experience, advantages_BT, slice(0, 4), config, normalizer=normalizer)
+    step_actor(actor, experience, slice(0, 4), config, normalizer=normalizer)
     loss, _, kinds = expected_actor_loss(actor, experience, advantages_BT, range(4), config, 1.0, normalizer)
     assert kinds == {(side, sign) for side in (-1, 0, 1) for sign in (True, False)}
     check_gradients(actor, loss)
 
 
+def test_whitening_shifts_and_scales_the_mix(actor):
+    experience, advantages_BT = actor_experience(actor, draw_rows(SHAPES))
+    moments = torch.tensor(0.3, dtype=torch.float64), torch.tensor(1.7, dtype=torch.float64)
+    step_actor(actor, experience, slice(0, 4), CONFIG, whitening=moments)
+    whitened_BT = (advantages_BT - 0.3) * 1.7
+    loss, _, _ = expected_actor_loss(actor, experience, whitened_BT, range(4), CONFIG, 1.0, 4.0)
+    check_gradients(actor, loss)
+
+
 def test_only_the_rows_asked_for_count(actor):
     experience, advantages_BT = actor_experience(actor, draw_rows(SHAPES))
-    step_actor(actor, experience, advantages_BT, slice(1, 3), CONFIG)
+    step_actor(actor, experience, slice(1, 3), CONFIG)
     loss, _, _ = expected_actor_loss(actor, experience, advantages_BT, [1, 2], CONFIG, 1.0, 2.0)
     check_gradients(actor, loss)
 
@@ -171,9 +193,9 @@ def test_a_clipped_ratio_has_no_gradient(actor, log_ratio, advantage, moves):
     batch = draw_rows([(3, 4)])
     with torch.no_grad():
         new_T = log_probs_and_entropies(actor, batch.tokens_BL[0].tolist(), 1.0)[0].float()
-    experience = make_experience(batch, log_probs_BT=torch.where(batch.response_mask_BT, new_T - log_ratio, 0.0))
-    advantages_BT = torch.where(batch.response_mask_BT, advantage, 0.0)
-    values = step_actor(actor, experience, advantages_BT, slice(0, 1), CONFIG)
+    old_BT = torch.where(batch.response_mask_BT, new_T - log_ratio, 0.0)
+    experience = make_experience(batch, old_BT, torch.where(batch.response_mask_BT, advantage, 0.0))
+    values = step_actor(actor, experience, slice(0, 1), CONFIG)
     assert (values["actor_grad_norm"] > 1e-3) == moves and (values["actor_grad_norm"] == 0) == (not moves)
     ratio = math.exp(log_ratio)
     expected = -min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
@@ -183,12 +205,12 @@ def test_a_clipped_ratio_has_no_gradient(actor, log_ratio, advantage, moves):
 def test_what_stands_outside_the_answers_does_not_matter(actor):
     """There the ratio means nothing; at an old log-probability of -10,000 it would overflow."""
     experience, advantages_BT = actor_experience(actor, draw_rows(SHAPES))
-    step_actor(actor, experience, advantages_BT, slice(0, 4), CONFIG)
+    step_actor(actor, experience, slice(0, 4), CONFIG)
     expected = gradients(actor)
     mask_BT = experience.trajectories.mask_BT
     junk_BT = torch.where(mask_BT, experience.trajectories.log_probs_BT, -1e4)
-    other = make_experience(experience.trajectories.batch, log_probs_BT=junk_BT)
-    values = step_actor(actor, other, torch.where(mask_BT, advantages_BT, 3.0), slice(0, 4), CONFIG)
+    other = make_experience(experience.trajectories.batch, junk_BT, torch.where(mask_BT, advantages_BT, 3.0))
+    values = step_actor(actor, other, slice(0, 4), CONFIG)
     assert values["actor_skipped"] == 0
     assert all(torch.equal(found, expected[name]) for name, found in gradients(actor).items())
 
@@ -201,7 +223,7 @@ def test_ptx_adds_the_loss_on_demonstrations(actor, coefficient):
     config = dataclasses.replace(CONFIG, ptx_coeff=coefficient, micro_batch_size=2)
     experience, advantages_BT = actor_experience(actor, draw_rows(SHAPES))
     demonstrations = draw_rows([(2, 6), (5, 1)], seed=8)
-    values = step_actor(actor, experience, advantages_BT, slice(0, 4), config, temperature=1.0, ptx=demonstrations)
+    values = step_actor(actor, experience, slice(0, 4), config, temperature=1.0, ptx=demonstrations)
     negative_log_probs = []
     for row, (n, m) in enumerate([(2, 6), (5, 1)]):
         log_probs_T, _ = log_probs_and_entropies(actor, demonstrations.tokens_BL[row, : n + m].tolist(), 1.0)
@@ -217,7 +239,7 @@ def test_demonstrations_are_read_at_temperature_one(actor):
     config = dataclasses.replace(CONFIG, ptx_coeff=1.0)
     experience, advantages_BT = actor_experience(actor, draw_rows([SHAPES[0]]), temperature=0.5)
     demonstrations = draw_rows([(2, 6)], seed=8)
-    values = step_actor(actor, experience, advantages_BT, slice(0, 1), config, temperature=0.5, ptx=demonstrations)
+    values = step_actor(actor, experience, slice(0, 1), config, temperature=0.5, ptx=demonstrations)
     log_probs_T, _ = log_probs_and_entropies(actor, demonstrations.tokens_BL[0].tolist(), 1.0)
     assert values["ptx_loss"] == pytest.approx(float(-log_probs_T[1:].mean().detach()), rel=1e-4)
 
@@ -237,7 +259,7 @@ def test_a_step_raises_what_had_a_positive_advantage(runtime):
 
     before_T, old_BT = now(), torch.where(batch.response_mask_BT, now(), 0.0)
     advantages_BT = torch.where(batch.response_mask_BT, 1.0, 0.0)
-    values = step_actor(learner, make_experience(batch, log_probs_BT=old_BT), advantages_BT, slice(0, 1), CONFIG)
+    values = step_actor(learner, make_experience(batch, old_BT, advantages_BT), slice(0, 1), CONFIG)
     assert values["actor_lr"] == pytest.approx(3e-3) and values["approximate_kl"] == pytest.approx(0, abs=1e-9)
     assert values["actor_loss"] == pytest.approx(-1.0, rel=1e-5)
     mask_T = batch.response_mask_BT[0]
@@ -251,10 +273,11 @@ def test_a_gradient_that_is_not_finite_steps_nothing(runtime, precision):
     before = {name: parameter.detach().clone() for name, parameter in learner.module.named_parameters()}
     for bad in (math.inf, math.nan):
         broken_BT = torch.where(experience.trajectories.mask_BT, bad, advantages_BT)
-        values = step_actor(learner, experience, broken_BT, slice(0, 4), CONFIG)
+        broken = make_experience(experience.trajectories.batch, experience.trajectories.log_probs_BT, broken_BT)
+        values = step_actor(learner, broken, slice(0, 4), CONFIG)
         assert values["actor_skipped"] == 1.0
         assert all(torch.equal(before[name], parameter) for name, parameter in learner.module.named_parameters())
-    values = step_actor(learner, experience, advantages_BT, slice(0, 4), CONFIG)  # and the next step is as ever
+    values = step_actor(learner, experience, slice(0, 4), CONFIG)  # and the next step is as ever
     assert values["actor_skipped"] == 0.0 and values["actor_grad_norm"] > 0
     assert not torch.equal(before["output_layer.weight"], learner.module.output_layer.weight)
 

@@ -11,7 +11,7 @@ import torch
 
 from .backend import tl, triton, use_triton
 
-SLICE_ELEMENTS = 1 << 17  # half a MiB of fp32: what the CPU path works on at a time
+SLICE_ELEMENTS = 1 << 18  # one MiB of fp32: what the CPU path works on at a time
 
 
 class ShapedGae(NamedTuple):
@@ -192,22 +192,76 @@ def _torch(
     rows, columns = mask_BT.shape
     device = mask_BT.device
     outputs_4BT = torch.empty(4, rows, columns, dtype=torch.float32, device=device)
-    sums_6 = torch.zeros(6, dtype=torch.float64, device=device)
     if mask_BT.numel() == 0:
-        return ShapedGae(*outputs_4BT.unbind(), sums_6)
+        return ShapedGae(*outputs_4BT.unbind(), torch.zeros(6, dtype=torch.float64, device=device))
+
+    # The columns that all rows share need no masking: only the margins on both sides of them (everything, if there are
+    # none) do. On a CPU the time is that of passing over [B, T], so that each pass spared counts.
+    shared = mask_BT.view(torch.uint8).amin(0).nonzero()
+    before, after = (int(shared[0]), int(shared[-1]) + 1) if len(shared) else (0, 0)
+    margins = [slice(*ends) for ends in ((0, before), (after, columns)) if ends[0] < ends[1]]
+
+    # Each row's last token gets the score. `minus` is -δ, which spares a pass below; the scan turns the sign.
+    tail = max(after - 1, 0)  # no row ends before the shared columns do
+    tail_ends = torch.arange(tail + 1, columns + 1, dtype=torch.int32, device=device)
+    ends_B1 = (mask_BT[:, tail:] * tail_ends).amax(1, keepdim=True)
+    last_B1 = (ends_B1 - 1).clamp_(min=0).long()  # an empty row takes its own column 0, which is masked below
+    values_2B1 = torch.stack([values_BT.gather(1, last_B1).float() for values_BT in (reward_values_BT, cost_values_BT)])
+    penalty_B1 = kl_coeff * (log_probs_BT.gather(1, last_B1).float() - ref_log_probs_BT.gather(1, last_B1).float())
+    final_2B1 = torch.stack([rewards_B.float()[:, None] - penalty_B1, costs_B.float()[:, None] + penalty_B1])
+    minus_last_2B1 = values_2B1 - final_2B1.clamp_(-score_clip, score_clip)
+
     scan = _BlockScan(columns, gamma * lam, device)
     # On a CPU a slice of rows goes through all its steps while the cache still holds it.
     step = rows if mask_BT.is_cuda else min(rows, max(1, SLICE_ELEMENTS // columns))
-    scratch_8bT = torch.empty(8, step, scan.padded, dtype=torch.float32, device=device)
-    ends_T = torch.arange(1, columns + 1, dtype=torch.int32, device=device)
+    scratch_5bT = torch.empty(5, step, scan.padded, dtype=torch.float32, device=device)
+    scratch_5bT[:2, :, columns:] = 0.0  # nothing follows the last column
+    row_sums_2B = torch.empty(2, rows, dtype=torch.float32, device=device)
+    row_products_B22 = torch.empty(rows, 2, 2, dtype=torch.float32, device=device)
     for first in range(0, rows, step):
-        part = slice(first, first + step)
-        sums_6 += _torch_rows(
-            log_probs_BT[part].float(), ref_log_probs_BT[part].float(), reward_values_BT[part].float(),
-            cost_values_BT[part].float(), rewards_B[part].float(), costs_B[part].float(), mask_BT[part],
-            kl_coeff, score_clip, gamma, scan, ends_T, scratch_8bT[:, : min(step, rows - first)], outputs_4BT[:, part],
-        )  # fmt: skip
+        part, size = slice(first, first + step), min(step, rows - first)
+        values_2 = reward_values_BT[part].float(), cost_values_BT[part].float()
+        keep_bT = scratch_5bT[4, :size, :columns].view(torch.int32)
+        for margin in margins:
+            keep_bT[:, margin].copy_(mask_BT[part, margin]).neg_()
+
+        outputs_4bT = outputs_4BT[:, part]
+        kl_bT = outputs_4bT[0]  # a place not yet in use
+        torch.sub(log_probs_BT[part].float(), ref_log_probs_BT[part].float(), out=kl_bT)
+        if kl_coeff > 0:
+            kl_bT.clamp_(-score_clip / kl_coeff, score_clip / kl_coeff)
+        minus_2bT = scratch_5bT[:2, :size]
+        for values_bT, minus_bT, sign in zip(values_2, minus_2bT, (1, -1), strict=True):
+            torch.add(values_bT, kl_bT, alpha=sign * kl_coeff, out=minus_bT[:, :columns])
+            minus_bT[:, : columns - 1].sub_(values_bT[:, 1:], alpha=gamma)
+        minus_2bT.scatter_(2, last_B1[part].expand(2, size, 1), minus_last_2B1[:, part])
+        _mask(minus_2bT, keep_bT, margins)
+
+        # Columns before the mask receive nonsense, which reaches no column inside it; those after it hold only zeros.
+        advantages_2bT = scan(minus_2bT, scratch_5bT[2:4, :size])[:, :, :columns]
+        _mask(advantages_2bT, keep_bT, margins)
+        outputs_4bT[:2] = advantages_2bT
+        for values_bT, advantages_bT, returns_bT in zip(values_2, advantages_2bT, outputs_4bT[2:], strict=True):
+            torch.add(advantages_bT, values_bT, out=returns_bT)
+        _mask(outputs_4bT[2:], keep_bT, margins)
+        torch.sum(advantages_2bT, dim=2, out=row_sums_2B[:, part])
+        torch.bmm(advantages_2bT.transpose(0, 1), advantages_2bT.permute(1, 2, 0), out=row_products_B22[part])
+
+    count = mask_BT.new_tensor(rows * (after - before), dtype=torch.float64)
+    for margin in margins:
+        count += torch.count_nonzero(mask_BT[:, margin])
+    sums_2, products_22 = row_sums_2B.double().sum(dim=1), row_products_B22.double().sum(dim=0)
+    sums_6 = torch.stack([count, *sums_2, products_22[0, 0], products_22[1, 1], products_22[0, 1]])
     return ShapedGae(*outputs_4BT.unbind(), sums_6)
+
+
+def _mask(x_2bT: torch.Tensor, keep_bT: torch.Tensor, margins: list[slice]) -> None:
+    """Zero, in place, where keep is 0; unchanged where it is -1.
+
+    `keep & x` is one vector instruction and takes NaN away (torch.where takes ten times as long).
+    """
+    for margin in margins:
+        x_2bT[:, :, margin].view(torch.int32).bitwise_and_(keep_bT[:, margin])
 
 
 class _BlockScan:
@@ -229,10 +283,9 @@ class _BlockScan:
     @staticmethod
     def _powers(size: int, c: float, device: torch.device) -> torch.Tensor:
         """[size, size], c^(j - i) at row j, column i <= j."""
-        exponents = torch.arange(size, device=device)
-        powers = torch.pow(c, exponents.double()).float()
-        distance = exponents[:, None] - exponents
-        return torch.where(distance >= 0, powers[distance.clamp(min=0)], 0.0)
+        powers = torch.pow(c, torch.arange(size, dtype=torch.float64, device=device)).float()
+        # Window j of `unfold` runs from c^(j - size + 1) to c^j; zeros stand for the negative exponents.
+        return torch.cat([powers.new_zeros(size - 1), powers]).unfold(0, size, 1).flip(1)
 
     def __call__(self, minus_2bT: torch.Tensor, out_2bT: torch.Tensor) -> torch.Tensor:
         """Fills and returns out; both arguments are [2, b, padded], contiguous in the last two dimensions."""
@@ -242,46 +295,3 @@ class _BlockScan:
         firsts_2bn = out_2bnK[..., 0] @ self.over_nn
         out_2bnK[:, :, :-1].addcmul_(firsts_2bn[:, :, 1:, None], self.carry_K)
         return out_2bT
-
-
-def _torch_rows(
-    log_probs_bT, ref_log_probs_bT, reward_values_bT, cost_values_bT, rewards_b, costs_b, mask_bT,
-    kl_coeff, score_clip, gamma, scan, ends_T, scratch_8bT, outputs_4bT,
-):  # fmt: skip
-    rows, columns = mask_bT.shape
-    # In place and few: on a CPU the time is that of moving these arrays. `keep & x` is x where the mask is True and 0
-    # elsewhere, NaN or not, in one vector instruction (torch.where takes ten times as long).
-    keep_bT = scratch_8bT[0].view(torch.int32)[:, :columns].copy_(mask_bT).neg_()
-    kl_bT = torch.sub(log_probs_bT, ref_log_probs_bT, out=scratch_8bT[1, :, :columns])
-    kl_bT.view(torch.int32).bitwise_and_(keep_bT)
-    values_2bT = scratch_8bT[2:4, :, :columns]
-    torch.bitwise_and(reward_values_bT.view(torch.int32), keep_bT, out=values_2bT[0].view(torch.int32))
-    torch.bitwise_and(cost_values_bT.view(torch.int32), keep_bT, out=values_2bT[1].view(torch.int32))
-
-    # The deltas are built with the opposite sign, which saves a pass; `scan` turns it.
-    minus_2bT = scratch_8bT[4:6]
-    end_b1 = torch.bitwise_and(keep_bT, ends_T, out=minus_2bT[0, :, :columns].view(torch.int32)).amax(1, keepdim=True)
-    last_b1 = (end_b1 - 1).clamp_(min=0).long()  # an empty row spoils its own column 0, which is masked
-    penalty_b1 = kl_coeff * kl_bT.gather(1, last_b1)
-    final_2b1 = torch.stack([rewards_b[:, None] - penalty_b1, costs_b[:, None] + penalty_b1])
-    final_2b1.clamp_(-score_clip, score_clip)
-    if kl_coeff > 0:
-        kl_bT.clamp_(-score_clip / kl_coeff, score_clip / kl_coeff)
-    torch.add(values_2bT[0], kl_bT, alpha=kl_coeff, out=minus_2bT[0, :, :columns])
-    torch.sub(values_2bT[1], kl_bT, alpha=kl_coeff, out=minus_2bT[1, :, :columns])
-    minus_2bT[:, :, columns:] = 0.0
-    minus_2bT[:, :, : columns - 1].sub_(values_2bT[:, :, 1:], alpha=gamma)
-    last_2b1 = last_b1.expand(2, rows, 1)
-    minus_2bT.scatter_(2, last_2b1, values_2bT.gather(2, last_2b1) - final_2b1)
-
-    # Columns before the mask receive nonsense, which reaches no column inside it; those after it hold only zeros.
-    advantages_2bT, returns_2bT = outputs_4bT[:2], outputs_4bT[2:]
-    scanned_2bT = scan(minus_2bT, scratch_8bT[6:8])[:, :, :columns]
-    torch.bitwise_and(scanned_2bT.view(torch.int32), keep_bT, out=advantages_2bT.view(torch.int32))
-    torch.add(advantages_2bT, values_2bT, out=returns_2bT)
-
-    products_b22 = torch.bmm(advantages_2bT.transpose(0, 1), advantages_2bT.permute(1, 2, 0))
-    products_22 = products_b22.double().sum(dim=0)
-    sums_2 = advantages_2bT.sum(dim=2).double().sum(dim=1)
-    count = keep_bT.sum(dtype=torch.int32).neg().double()
-    return torch.stack([count, *sums_2, products_22[0, 0], products_22[1, 1], products_22[0, 1]])

@@ -1,4 +1,5 @@
 import math
+import sys
 
 import pytest
 import torch
@@ -130,8 +131,22 @@ def test_strided_inputs(device):
         assert torch.equal(plain, found)
 
 
+@pytest.mark.parametrize(
+    "first, number",
+    [(0, 60), (3, 50), (0, 40), (20, 40), (60, 0)],
+    ids=["every column", "margins on both sides", "only after", "only before", "no row has any"],
+)
+def test_slices_of_rows_and_columns_that_all_rows_share(device, monkeypatch, first, number):
+    # The PyTorch path masks only outside the columns that all rows share; five slices, the last one smaller.
+    monkeypatch.setattr(sys.modules[shaped_gae.__module__], "SLICE_ELEMENTS", 128)
+    check(make([(first, number)] * 9, 60, seed=5, device=device))
+    moved = [(first, number), (first // 2, number + first // 2), (first + 5, max(number - 9, 0))] * 3
+    check(make(moved, 60, seed=6, device=device))
+    check(make([*moved[:8], (0, 0)], 60, seed=7, device=device))
+
+
 def test_many_rows_are_worked_on_in_slices():
-    inputs = make([(b % 7, b % 50) for b in range(300)], 600, seed=5)  # more than one slice of the PyTorch path
+    inputs = make([(b % 7, b % 50) for b in range(300)], 1000, seed=5)  # more than one slice of the PyTorch path
     check(inputs)
 
 

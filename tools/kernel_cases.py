@@ -36,6 +36,7 @@ SHAPES = {
         Shape("llama-7b", 32_000, 4096, (4096, 16384, 65536)),
         Shape("llama3-8b", 128_256, 4096, (4096, 16384, 65536)),
         Shape("llama3-70b-tp8", 128_256 // 8, 8192, (4096, 16384, 65536)),
+        Shape("laptop", 32_000, 256, (4096,)),  # a hidden size that a CPU can be asked for
         Shape("tiny", 1000, 64, (256,), 16, 128),
     )
 }

@@ -2,7 +2,7 @@
 """Times every operation of `kernels/` against what this machine can do, and against other implementations.
 
     python tools/profile_kernels.py --shapes llama-7b,llama3-8b --against eager,compile,liger --out kernels.json
-    python tools/profile_kernels.py --device cpu --shapes tiny
+    python tools/profile_kernels.py --device cpu --against eager
 
 First the ceilings are measured: the bandwidth of a large copy (bytes read plus bytes written) and the rate of a bf16
 matrix product. Then each operation: median time of many runs, interleaved with the rivals' (CUDA events; inputs rotated
@@ -63,7 +63,7 @@ def positive(text: str) -> list[int]:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", type=names(SHAPES), help="default: the three models; on CPU: tiny")
+    parser.add_argument("--shapes", type=names(SHAPES), help="default: the three models; on CPU: laptop")
     parser.add_argument("--tokens", type=positive, help="N, instead of the shapes' own (4096,16384,65536)")
     parser.add_argument("--operations", type=names(OPERATIONS), default=list(OPERATIONS))
     parser.add_argument("--against", type=names(RIVALS), default=["eager", "compile", "liger"])
@@ -89,7 +89,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if not options.seconds >= 0:
         parser.error(f"argument --seconds: expected a number >= 0, found {options.seconds}")
     if not options.shapes:
-        options.shapes = ["llama-7b", "llama3-8b", "llama3-70b-tp8"] if options.device.type == "cuda" else ["tiny"]
+        options.shapes = ["llama-7b", "llama3-8b", "llama3-70b-tp8"] if options.device.type == "cuda" else ["laptop"]
     return options
 
 

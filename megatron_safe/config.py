@@ -48,9 +48,10 @@ class KernelsConfig:
 @dataclass
 class TokenizerConfig:
     path: str = ""
-    """Folder with a Hugging Face `tokenizer.json`, or a SentencePiece `.model`."""
+    """Folder with a Hugging Face `tokenizer.json` or a SentencePiece `.model`, or that file itself."""
     template: str = "safe-rlhf"
-    """Prompt template: `safe-rlhf`, `alpaca`, `plain`, or a format string with {prompt}."""
+    """Prompt template: `safe-rlhf`, `alpaca`, `plain`, `chat` (the checkpoint's own), or a format string with {prompt}.
+    With `chat`, responses end with the token that ends the assistant's turn there."""
 
 
 @dataclass
@@ -81,6 +82,30 @@ class ModelConfig:
     """Standard deviation of fresh weights (output projections: / sqrt(2 layers))."""
     vocab_multiple: int = 128
     """The vocabulary is padded to a multiple of this; a multiple of every tensor size you mean to use."""
+    head_dim: int | None = None
+    """Size of an attention head (default: hidden_size / num_attention_heads)."""
+    qkv_bias: bool = False
+    """Biases on queries, keys and values (Qwen 2)."""
+    qk_norm: bool = False
+    """RMSNorm on each head's queries and keys (Qwen 3)."""
+    sliding_window: int | None = None
+    """A token sees itself and this many - 1 before it (Mistral; default: all before it)."""
+    rope_type: Literal["default", "linear", "llama3"] = "default"
+    """How RoPE's frequencies are stretched for long sequences."""
+    rope_factor: float = 1.0
+    """By how much (linear, llama3)."""
+    rope_low_freq_factor: float = 1.0
+    """llama3: wavelengths above rope_original_max_position / this are stretched in full."""
+    rope_high_freq_factor: float = 4.0
+    """llama3: wavelengths below rope_original_max_position / this are left alone."""
+    rope_original_max_position: int = 8192
+    """llama3: the length that the model was first trained on."""
+    score_bias: bool = True
+    """Scalar heads: whether they have a bias."""
+    score_mean: float = 0.0
+    """Scalar heads: subtracted from the score (a published model's normalizer)."""
+    score_std: float = 1.0
+    """Scalar heads: divides it then."""
 
 
 @dataclass

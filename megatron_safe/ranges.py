@@ -55,6 +55,13 @@ RANGES: dict[type, dict[str, Range]] = {
         "norm_epsilon": _POSITIVE,
         "max_sequence_length": _at_least(2),
         "init_std": _at_least(0),
+        "head_dim": _at_least(1),
+        "sliding_window": _at_least(1),
+        "rope_factor": _POSITIVE,
+        "rope_low_freq_factor": _POSITIVE,
+        "rope_high_freq_factor": _POSITIVE,
+        "rope_original_max_position": _at_least(1),
+        "score_std": _POSITIVE,
     },
     OptimizerConfig: {
         "lr": _at_least(0),

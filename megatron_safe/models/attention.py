@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class AttentionCache(Protocol):
@@ -16,16 +17,30 @@ class AttentionCache(Protocol):
         """Store the new keys (already rotated) and values of this layer; return the context [S, B, H, D]."""
 
 
-def causal_attention(query_SBHD, key_SBGD, value_SBGD) -> torch.Tensor:
-    """[S, B, H, D]. Right-padded batches need no mask: what comes after a token cannot reach it."""
+def causal_attention(query_SBHD, key_SBGD, value_SBGD, window: int | None = None) -> torch.Tensor:
+    """[S, B, H, D]. Right-padded batches need no mask: what comes after a token cannot reach it.
+
+    window: a token sees itself and this many before it (None: all).
+    """
+    length, mask = query_SBHD.size(0), None
+    if window is not None and window < length - 1:
+        positions = torch.arange(length, device=query_SBHD.device)
+        distance = positions[:, None] - positions
+        mask = (distance >= 0) & (distance <= window)
     context_BHSD = torch.nn.functional.scaled_dot_product_attention(
         query_SBHD.permute(1, 2, 0, 3),
         key_SBGD.permute(1, 2, 0, 3),
         value_SBGD.permute(1, 2, 0, 3),
-        is_causal=True,
+        attn_mask=mask,
+        is_causal=mask is None,
         enable_gqa=query_SBHD.size(2) != key_SBGD.size(2),
     )
     return context_BHSD.permute(2, 0, 1, 3)
+
+
+def window_of(config: TransformerConfig) -> int | None:
+    """How many tokens before itself a token sees; None: all."""
+    return None if config.window_size is None else config.window_size[0]
 
 
 class SDPACoreAttention(MegatronModule):
@@ -38,7 +53,7 @@ class SDPACoreAttention(MegatronModule):
     def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, **_):
         """query [S, B, H, D], key and value [S, B, G, D] -> [S, B, H * D]."""
         if attention_mask is None:
-            context = causal_attention(query, key, value)
+            context = causal_attention(query, key, value, window_of(self.config))
         else:
             context = attention_mask.attend(self.layer_number, query, key, value)
         return context.reshape(*context.shape[:2], -1)

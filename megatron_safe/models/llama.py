@@ -1,4 +1,4 @@
-"""A Llama as a Megatron-Core GPTModel, with a language head or a scalar head."""
+"""A Llama, or one of its relatives, as a Megatron-Core GPTModel with a language head or a scalar head."""
 
 import dataclasses
 import hashlib
@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_safe.config import ModelConfig
 from megatron_safe.errors import UserError
 from megatron_safe.models.attention import SDPACoreAttention
+from megatron_safe.models.rope import head_dim, rope_frequencies
 from megatron_safe.runtime import Runtime
 
 Head = Literal["language", "scalar"]
@@ -36,16 +37,25 @@ def check_model_fits(model: ModelConfig, tp_size: int, pp_size: int, section: st
     }
     for name, (value, parts, what) in wholes.items():
         if value <= 0 or value % parts:
-            raise UserError(f"{section}.{name}: expected a positive multiple of {what} {parts}, found {value}")
-    if model.hidden_size % model.num_attention_heads:
+            allowed = ", ".join(str(size) for size in range(1, max(value, 0) + 1) if value % size == 0)
+            raise UserError(
+                f"{section}.{name}: expected a positive multiple of {what} {parts}, found {value}"
+                + (f" (which allows {allowed})" if value > 0 else "")
+            )
+    if model.head_dim is None and model.hidden_size % model.num_attention_heads:
         raise UserError(
             f"{section}.hidden_size: expected a multiple of num_attention_heads {model.num_attention_heads}, "
             f"found {model.hidden_size}"
         )
-    if (model.hidden_size // model.num_attention_heads) % 2:
+    if head_dim(model) <= 0 or head_dim(model) % 2:
         raise UserError(
-            f"{section}.hidden_size: RoPE needs an even head size, "
-            f"found {model.hidden_size} / {model.num_attention_heads} heads"
+            f"{section}.{'hidden_size' if model.head_dim is None else 'head_dim'}: RoPE needs an even head size, "
+            f"found {head_dim(model)}"
+        )
+    if model.rope_type == "llama3" and model.rope_high_freq_factor <= model.rope_low_freq_factor:
+        raise UserError(
+            f"{section}.rope_high_freq_factor: expected more than rope_low_freq_factor {model.rope_low_freq_factor}, "
+            f"found {model.rope_high_freq_factor}"
         )
     if model.num_attention_heads % groups:
         raise UserError(
@@ -55,15 +65,17 @@ def check_model_fits(model: ModelConfig, tp_size: int, pp_size: int, section: st
 
 
 class ScalarHead(torch.nn.Module):
-    """hidden -> 1, replicated over tensor-parallel ranks; takes the place of GPTModel's output layer."""
+    """hidden -> (w h + b - mean) / std, replicated over tensor-parallel ranks; stands for GPTModel's output layer."""
 
-    def __init__(self, hidden_size: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.empty(1, hidden_size, dtype=dtype, device=device))
-        self.bias = torch.nn.Parameter(torch.empty(1, dtype=dtype, device=device))
+        self.weight = torch.nn.Parameter(torch.empty(1, model.hidden_size, dtype=dtype, device=device))
+        self.bias = torch.nn.Parameter(torch.empty(1, dtype=dtype, device=device)) if model.score_bias else None
+        self.mean, self.std = model.score_mean, model.score_std
 
     def forward(self, hidden, weight=None, runtime_gather_output=None):
-        return torch.nn.functional.linear(hidden, self.weight, self.bias), None
+        score = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        return score if (self.mean, self.std) == (0.0, 1.0) else (score - self.mean) / self.std, None
 
 
 class Llama(GPTModel):
@@ -72,13 +84,14 @@ class Llama(GPTModel):
     What a language model makes of its hidden states is `models.heads`' business: training never holds their logits.
     """
 
-    def __init__(self, *args, head: Head, true_vocab_size: int, **kwargs):
+    def __init__(self, *args, model: ModelConfig, head: Head, true_vocab_size: int, **kwargs):
         super().__init__(*args, **kwargs)
         self.head = head
+        device = next(self.parameters()).device
         if head == "scalar" and self.post_process:
-            device = next(self.parameters()).device
-            self.output_layer = ScalarHead(self.config.hidden_size, self.config.params_dtype, device)
+            self.output_layer = ScalarHead(model, self.config.params_dtype, device)
         self.true_vocab_size = true_vocab_size
+        self.rotary_pos_emb.inv_freq = rope_frequencies(model).to(device)
 
     def output_weight(self) -> torch.Tensor:
         """[V/p, h] of the language head, tied to the embedding or not; on the last stage."""
@@ -105,7 +118,7 @@ class Llama(GPTModel):
         return hidden_states if self.head == "language" else super()._postprocess(hidden_states, *args, **kwargs)
 
 
-def _layer_spec() -> ModuleSpec:
+def _layer_spec(qk_norm: bool) -> ModuleSpec:
     """Transformer Engine's layers where it is installed beside a GPU, else Megatron-Core's own; our attention core
     in both, because it is what reads the rollout's cache."""
     spec = None
@@ -113,24 +126,36 @@ def _layer_spec() -> ModuleSpec:
         try:
             from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-            spec = get_gpt_layer_with_transformer_engine_spec()
+            spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
         except ImportError:
             pass
-    spec = spec or get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec = spec or get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_norm)
     spec.submodules.self_attention.submodules.core_attention = ModuleSpec(module=SDPACoreAttention)
     return spec
 
 
-def build(model: ModelConfig, runtime: Runtime, head: Head, vocab_size: int, precision: str, seed: int) -> Llama:
-    """This rank's part of a Llama with fresh weights, the same function in every layout.
+def build(
+    model: ModelConfig,
+    runtime: Runtime,
+    head: Head,
+    vocab_size: int,
+    precision: str,
+    seed: int,
+    predictable: int | None = None,
+) -> Llama:
+    """This rank's part of a Llama, the same function in every layout.
+
+    Its weights are fresh, but for the trunk where `model.checkpoint` names what is going to fill it: drawing a 7B trunk
+    six times over would cost minutes.
 
     Args:
         model: the architecture.
         runtime: where this rank stands.
         head: `language` (logits) or `scalar` (scores).
-        vocab_size: tokens the tokenizer knows; stored padded to `model.vocab_multiple`.
+        vocab_size: rows of the embedding; stored padded to `model.vocab_multiple`.
         precision: `fp32` or `bf16` (weights and compute).
         seed: of the fresh weights.
+        predictable: token ids from this one on have a probability of 0 (default: from `vocab_size` on).
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     keep = lambda weight: weight  # noqa: E731  weights are drawn by name below, once Megatron has marked the shards
@@ -140,6 +165,10 @@ def build(model: ModelConfig, runtime: Runtime, head: Head, vocab_size: int, pre
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups or model.num_attention_heads,
+        kv_channels=head_dim(model),
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
+        window_size=None if model.sliding_window is None else (model.sliding_window - 1, 0),
         layernorm_epsilon=model.norm_epsilon,
         normalization="RMSNorm",
         add_bias_linear=False,
@@ -165,8 +194,9 @@ def build(model: ModelConfig, runtime: Runtime, head: Head, vocab_size: int, pre
     )
     module = Llama(
         config=config,
-        transformer_layer_spec=_layer_spec(),
-        true_vocab_size=vocab_size,
+        transformer_layer_spec=_layer_spec(model.qk_norm),
+        true_vocab_size=predictable or vocab_size,
+        model=model,
         head=head,
         vocab_size=padded_vocab_size(vocab_size, model.vocab_multiple),
         max_sequence_length=model.max_sequence_length,
@@ -175,7 +205,6 @@ def build(model: ModelConfig, runtime: Runtime, head: Head, vocab_size: int, pre
         parallel_output=True,
         share_embeddings_and_output_weights=model.tie_embeddings and head == "language",
         position_embedding_type="rope",
-        rotary_base=model.rotary_base,
     )
     initialize_weights(module, model, seed)
     # Megatron-Core's optimizer for bf16 cannot save weights of two types, and makes norms in fp32 without being asked.
@@ -192,7 +221,7 @@ def global_name(module: Llama, name: str) -> str:
 
 @torch.no_grad()
 def initialize_weights(module: Llama, model: ModelConfig, seed: int) -> None:
-    """Draw every weight from a generator keyed by (seed, name) and keep this rank's shard of it.
+    """Draw every fresh weight from a generator keyed by (seed, name) and keep this rank's shard of it.
 
     Normal with `init_std`; projections back into the residual stream with `init_std / sqrt(2 num_layers)`
     (Megatron-LM's scaled init); norms 1, biases 0. Megatron's own init depends on the layout; this one does not.
@@ -200,6 +229,8 @@ def initialize_weights(module: Llama, model: ModelConfig, seed: int) -> None:
     tp = module.pg_collection.tp
     for name, parameter in module.named_parameters():
         name = global_name(module, name)
+        if model.checkpoint is not None and not (module.head == "scalar" and name.startswith("output_layer.")):
+            continue
         if name.endswith("bias"):
             parameter.zero_()
         elif parameter.dim() == 1:

@@ -6,7 +6,7 @@ Legend: S new positions, B samples, H query heads and G key/value heads on this 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_safe.models.attention import causal_attention
+from megatron_safe.models.attention import causal_attention, window_of
 
 
 class KVCache:
@@ -27,13 +27,17 @@ class KVCache:
         self._positions_B: torch.Tensor | None = None
         self._visible = 0
         self._mask: torch.Tensor | None = None
+        self._window = window_of(config)
 
     def start_step(self, positions_B: torch.Tensor, longest: int) -> None:
         """The next forward decodes one token per sample at `positions_B`; `longest` is at least their maximum."""
         self._positions_B = positions_B
         self._visible = longest + 1
         slots = torch.arange(self._visible, device=positions_B.device)
-        self._mask = (slots <= positions_B[:, None])[:, None, None, :]
+        mask_BK = slots <= positions_B[:, None]
+        if self._window is not None:
+            mask_BK &= slots >= positions_B[:, None] - self._window
+        self._mask = mask_BK[:, None, None, :]
 
     def attend(self, layer_number: int, query_SBHD, key_SBGD, value_SBGD) -> torch.Tensor:
         keys_BGKD = self._keys[layer_number - self._first_layer]
@@ -42,7 +46,7 @@ class KVCache:
             length = key_SBGD.size(0)
             keys_BGKD[:, :, :length] = key_SBGD.permute(1, 2, 0, 3)
             values_BGKD[:, :, :length] = value_SBGD.permute(1, 2, 0, 3)
-            return causal_attention(query_SBHD, key_SBGD, value_SBGD)
+            return causal_attention(query_SBHD, key_SBGD, value_SBGD, self._window)
         keys_BGKD[self._rows, :, self._positions_B] = key_SBGD[0]
         values_BGKD[self._rows, :, self._positions_B] = value_SBGD[0]
         context_BHSD = torch.nn.functional.scaled_dot_product_attention(

@@ -12,6 +12,7 @@ import torch
 from megatron_safe.config import ModelConfig, ParallelConfig
 from megatron_safe.errors import UserError
 from megatron_safe.models.llama import architecture, build, check_model_fits, padded_vocab_size
+from megatron_safe.models.rope import rope_frequencies
 from megatron_safe.runtime import start
 
 VOCABULARY = 21
@@ -174,9 +175,15 @@ def test_padded_vocab_size(size, multiple, stored):
         ({"ffn_hidden_size": -8}, 1, 1, "m.ffn_hidden_size: .* found -8"),
         ({"vocab_multiple": 9}, 2, 1, "m.vocab_multiple: .* tensor_model_parallel_size 2, found 9"),
         ({"hidden_size": 34}, 1, 1, "m.hidden_size: expected a multiple of num_attention_heads 4, found 34"),
-        ({"hidden_size": 36}, 1, 1, "m.hidden_size: RoPE needs an even head size, found 36 / 4 heads"),
+        ({"hidden_size": 36}, 1, 1, "m.hidden_size: RoPE needs an even head size, found 9"),
         ({"num_query_groups": 3}, 1, 1, "m.num_query_groups: expected a divisor of num_attention_heads 4, found 3"),
         ({"num_query_groups": 8}, 1, 1, "m.num_query_groups: expected a divisor of num_attention_heads 4, found 8"),
+        ({}, 8, 1, r"m.num_attention_heads: .* found 4 \(which allows 1, 2, 4\)"),
+        ({"head_dim": 7}, 1, 1, "m.head_dim: RoPE needs an even head size, found 7"),
+        (
+            {"rope_type": "llama3", "rope_high_freq_factor": 1.0}, 1, 1,
+            "m.rope_high_freq_factor: expected more than rope_low_freq_factor 1.0, found 1.0",
+        ),
     ],
 )
 def test_check_model_fits_names_the_field(changes, tp, pp, message):
@@ -190,11 +197,54 @@ def test_check_model_fits_lets_good_layouts_pass():
     check_model_fits(dataclasses.replace(MODEL, num_query_groups=None), 4, 2, "m")
 
 
+def test_llama3_stretches_long_wavelengths_alone():
+    """By the definition: which frequencies are kept, which are divided, and what lies between them."""
+    model = dataclasses.replace(
+        MODEL, head_dim=64, rope_type="llama3", rope_factor=8.0, rope_low_freq_factor=1.0, rope_high_freq_factor=4.0,
+        rope_original_max_position=256,
+    )  # fmt: skip
+    kinds = set()
+    for i, found in enumerate(rope_frequencies(model).tolist()):
+        plain = model.rotary_base ** (-2 * i / 64)
+        turns = 256 * plain / (2 * math.pi)  # in the original length
+        share = (turns - 1) / (4 - 1)  # 1: kept, 0: stretched
+        expected = plain if turns > 4 else plain / 8 if turns < 1 else (1 - share) * plain / 8 + share * plain
+        kinds.add((turns > 4) - (turns < 1))
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert kinds == {-1, 0, 1}
+
+
+def test_linear_stretches_all(runtime):
+    plain = rope_frequencies(MODEL)
+    torch.testing.assert_close(
+        rope_frequencies(dataclasses.replace(MODEL, rope_type="linear", rope_factor=2.5)), plain / 2.5
+    )
+
+
 # Fresh weights.
 
 
 def weights(model, runtime, seed, head="language"):
     return {name: p.detach() for name, p in build(model, runtime, head, VOCABULARY, "fp32", seed).named_parameters()}
+
+
+def test_a_trunk_that_is_going_to_be_filled_is_not_drawn(runtime):
+    """The head above it is, where it may stay: the same as without a checkpoint."""
+    filled = dataclasses.replace(MODEL, checkpoint="somewhere")
+    fresh = weights(MODEL, runtime, 3, "scalar")
+    draws = []
+
+    def count(*args, **kwargs):
+        draws.append(args)
+        return randn(*args, **kwargs)
+
+    randn, torch.randn = torch.randn, count
+    try:
+        found = weights(filled, runtime, 3, "scalar")
+    finally:
+        torch.randn = randn
+    assert torch.equal(found["output_layer.weight"], fresh["output_layer.weight"])
+    assert (found["output_layer.bias"] == 0).all() and len(draws) == 1
 
 
 def test_weights_are_keyed_by_seed_and_name(runtime):

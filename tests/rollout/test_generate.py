@@ -79,9 +79,13 @@ def full_forward_log_probs(actor, row, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0, 1.7])
-@pytest.mark.parametrize("groups", [None, 2, 1])
-def test_cached_log_probs_are_those_of_a_full_forward(make_actor, groups, temperature):
-    actor = make_actor(dataclasses.replace(MODEL, num_query_groups=groups))
+@pytest.mark.parametrize("changes", [
+    {}, {"num_query_groups": 2}, {"num_query_groups": 1}, {"sliding_window": 4}, {"sliding_window": 1},
+    {"qk_norm": True, "head_dim": 6, "num_query_groups": 2, "sliding_window": 7},
+    {"qkv_bias": True, "rope_type": "llama3", "rope_factor": 4.0, "rope_original_max_position": 16},
+])  # fmt: skip
+def test_cached_log_probs_are_those_of_a_full_forward(make_actor, changes, temperature):
+    actor = make_actor(dataclasses.replace(MODEL, **changes))
     rollout = dataclasses.replace(ROLLOUT, temperature=temperature)
     prompts = make_prompts()
     endless = answers(run(actor, prompts, rollout))

@@ -26,6 +26,7 @@ setup(
         "tokenizers",
         "sentencepiece",
         "safetensors",
+        "jinja2>=3.1.6",  # chat templates are programs from strangers, and older sandboxes have holes
         "tensorboard",
         "matplotlib",
         "tqdm",
@@ -35,7 +36,14 @@ setup(
         # and Megatron-Core prefers Transformer Engine's fused kernels to apex's anyway.
         "gpu": ["triton", "transformer-engine[pytorch]>=2.9,<2.12", "flash-attn"],
         # triton: its interpreter runs the kernels on a CPU; published for Linux only.
-        "test": ["pytest", "hypothesis", "ruff", "triton; platform_system == 'Linux'"],
+        # transformers: what our ids, logits and exported folders are compared with; it needs Python 3.11.
+        "test": [
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "triton; platform_system == 'Linux'",
+            "transformers; python_version >= '3.11'",
+        ],
     },
     entry_points={"console_scripts": ["megatron-safe = megatron_safe.cli:main"]},
 )

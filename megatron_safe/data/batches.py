@@ -3,23 +3,14 @@
 Shapes: B rows, L columns (tokens), T = L - 1 columns (next-token predictions: column t predicts token t + 1).
 """
 
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from megatron_safe.data.templates import CHAT, parse_template
 from megatron_safe.data.tokenizer import Tokenizer
 from megatron_safe.errors import UserError
-
-TEMPLATES = {
-    "safe-rlhf": "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:",
-    "alpaca": (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\n{prompt}\n\n### Response:"
-    ),
-    "plain": "{prompt}",
-}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,47 +43,29 @@ class TokenBatch:
         return (next_1T >= self.prompt_lengths_B[:, None]) & (next_1T < self.lengths_B[:, None])
 
 
-def parse_template(template: str) -> tuple[str, str]:
-    """What stands before and after the prompt in a template, given by name (`TEMPLATES`) or as a format string.
-
-    UserError unless the template holds ``{prompt}`` exactly once and no other field.
-    """
-    try:
-        parts = list(string.Formatter().parse(TEMPLATES.get(template, template)))
-    except ValueError as error:
-        raise UserError(f"template {template[:40]!r}: expected {{prompt}} in a format string, found: {error}") from None
-    # One part per literal with the field that follows it; {{ and }} are already undone.
-    fields = [(i, part[1:]) for i, part in enumerate(parts) if part[1] is not None]
-    if [field for _, field in fields] != [("prompt", "", None)]:
-        found = ", ".join("{" + field[0] + "}" for _, field in fields) or "no field"
-        known = ", ".join(TEMPLATES)
-        raise UserError(f"template {template[:40]!r}: expected {{prompt}} once, or one of {known}; found {found}")
-    place = fields[0][0]
-    return "".join(part[0] for part in parts[: place + 1]), "".join(part[0] for part in parts[place + 1 :])
-
-
 def encode_prompts(tokenizer: Tokenizer, template: str, prompts: Sequence[str]) -> list[list[int]]:
     """Each prompt in its template, with BOS before it where the tokenizer has one.
 
     Special tokens that the template names (``<|im_start|>``) become those tokens; the same characters in a prompt stay
-    plain text. UserError for a bad template, or a prompt of no tokens.
+    plain text. With the template "chat", the checkpoint's own, a row has a BOS only where that template writes it.
+    UserError for a bad template, or a prompt of no tokens.
     """
-    before, after = parse_template(template)
+    if template == CHAT:
+        if tokenizer.chat is None:
+            raise ValueError("the template 'chat' needs a tokenizer from load_tokenizer(path, 'chat')")
+        before, after = tokenizer.chat.before, tokenizer.chat.after
+        prompts = [tokenizer.chat.fill(prompt) for prompt in prompts]
+    else:
+        before, after = parse_template(template)
     *head, left = tokenizer.split_special(before)
     right, *tail = tokenizer.split_special(after)
-    head_ids, tail_ids = _encode_parts(tokenizer, head), _encode_parts(tokenizer, tail)
-    if tokenizer.bos_id is not None and head_ids[:1] != [tokenizer.bos_id]:
-        head_ids = [tokenizer.bos_id, *head_ids]
     # The plain text around the prompt is encoded together with it, as tokens may span the seam.
-    middles = tokenizer.encode_batch([f"{left}{prompt}{right}" for prompt in prompts])
-    rows = [head_ids + middle + tail_ids for middle in middles]
+    rows = tokenizer.encode_parts([[*head, f"{left}{prompt}{right}", *tail] for prompt in prompts])
+    if template != CHAT and tokenizer.bos_id is not None and head[:2] != ["", tokenizer.bos_id]:
+        rows = [[tokenizer.bos_id, *row] for row in rows]
     if not all(rows):  # without one token there is nothing to predict the first token of the response from
         raise UserError("prompt: expected at least one token, found one that the tokenizer drops entirely")
     return rows
-
-
-def _encode_parts(tokenizer: Tokenizer, parts: list[str | int]) -> list[int]:
-    return [i for part in parts for i in ([part] if isinstance(part, int) else tokenizer.encode(part))]
 
 
 def encode_prompt(tokenizer: Tokenizer, template: str, prompt: str) -> list[int]:

@@ -106,7 +106,7 @@ def run(config: PreferenceConfig, runtime: Runtime, which: Which) -> None:
     """Train the reward model or the cost model; OUT/checkpoints holds it under the role name `reward_model` or
     `cost_model`, OUT/eval.json the accuracies on data.eval."""
     check_batch(config.batch.global_batch_size, config.batch.micro_batch_size, runtime, "batch")
-    tokenizer = load_tokenizer(config.tokenizer.path)
+    tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.template)
 
     def dataset(paths):
         records = read_comparisons(paths)

@@ -43,7 +43,7 @@ def demonstration_loss(actor: Role, weight: float, global_tokens: float):
 def run(config: SftConfig, runtime: Runtime) -> None:
     """Train the actor; OUT/checkpoints holds it under the role name `actor`."""
     check_batch(config.batch.global_batch_size, config.batch.micro_batch_size, runtime, "batch")
-    tokenizer = load_tokenizer(config.tokenizer.path)
+    tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.template)
     records = read_demonstrations(config.data.train)
     data = DemonstrationDataset(records, tokenizer, config.tokenizer.template, config.batch.max_length)
     steps = config.training.steps

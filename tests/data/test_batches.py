@@ -9,14 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from megatron_safe.data.batches import (
-    TEMPLATES,
-    collate,
-    encode_dialogue,
-    encode_prompt,
-    encode_prompts,
-    parse_template,
-)
+from megatron_safe.data.batches import collate, encode_dialogue, encode_prompt, encode_prompts
+from megatron_safe.data.templates import TEMPLATES, parse_template
 from megatron_safe.data.tokenizer import load_tokenizer
 from megatron_safe.errors import UserError
 

@@ -18,7 +18,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 PROGRAMS = Path(__file__).parent / "programs"
-LAYOUTS = {"one": (1, 1, 1), "tp2": (2, 1, 1), "pp2": (1, 2, 1), "dp2": (1, 1, 2), "tp2pp2": (2, 2, 1)}
+LAYOUTS = {
+    "one": (1, 1, 1), "tp2": (2, 1, 1), "pp2": (1, 2, 1), "dp2": (1, 1, 2), "tp2pp2": (2, 2, 1), "tp4": (4, 1, 1),
+    "pp4": (1, 4, 1),
+}  # fmt: skip
 """(tensor, pipeline, data) parallel sizes."""
 SECONDS = 300  # the hard limit of one start; a busy machine needs a tenth of it
 VARIANTS = {

@@ -10,16 +10,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-import yaml
 
 from megatron_safe.config import (
     EvaluateConfig,
     GenerateConfig,
     ModelConfig,
     ScoreConfig,
-    to_dict,
 )
-from megatron_safe.data.batches import parse_template
 from megatron_safe.data.datasets import PromptDataset
 from megatron_safe.data.records import Prompt
 from megatron_safe.data.sources import read_prompts, read_rows
@@ -32,13 +29,13 @@ from megatron_safe.evaluation.summary import compare_models
 from megatron_safe.models.llama import check_model_fits
 from megatron_safe.models.roles import Role
 from megatron_safe.runtime import Runtime
-from megatron_safe.training import checkpoint
-from megatron_safe.training.setup import make_role
+from megatron_safe.training.run import check_stage, write_config
+from megatron_safe.training.setup import make_role, resolve_model
 
 
 def generate(config: GenerateConfig, runtime: Runtime) -> None:
     """Write OUT/answers.jsonl: the fields of `Answer`, in the order of the prompts."""
-    tokenizer = load_tokenizer(config.tokenizer.path)
+    tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.template)
     prompts = prompts_to_answer(config, tokenizer, runtime)
     longest = config.rollout.max_prompt_length + config.rollout.max_new_tokens
     check_model("model", "actor", config.model, tokenizer, runtime, longest)
@@ -53,8 +50,7 @@ def score(config: ScoreConfig, runtime: Runtime) -> None:
 
     A score is null where the prompt is too long for data.max_length, or the model diverged.
     """
-    tokenizer = load_tokenizer(config.tokenizer.path)
-    parse_template(config.tokenizer.template)
+    tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.template)
     check_batch_size(config.data.batch_size, runtime)
     models = {"reward": config.reward_model, "cost": config.cost_model}
     models = {name: model for name, model in models.items() if model is not None}
@@ -82,7 +78,7 @@ def evaluate(config: EvaluateConfig, runtime: Runtime) -> None:
     started = time.monotonic()
     if not config.policies:
         raise UserError("policies: expected at least one name with the run folder of a policy, found none")
-    tokenizer = load_tokenizer(config.tokenizer.path)
+    tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.template)
     prompts = prompts_to_answer(config, tokenizer, runtime)
     if not any(prompt.red_team for prompt in prompts):
         raise UserError("data.prompts: expected at least one with red_team true, which harmful rates count; found none")
@@ -175,14 +171,14 @@ def check_model(
     """
     if model.checkpoint is None:
         raise UserError(f"{field}.checkpoint: expected the run folder of its training, found none")
-    model, source = checkpoint.resolve_model(model, role, tokenizer.vocab_size, runtime)
-    if source.source_for(role) != role:
-        raise UserError(f"{field} {source.path}: expected a trained {role}, found {', '.join(source.roles)}")
-    check_model_fits(model, runtime.tp_size, runtime.pp_size, field)
-    if longest > model.max_sequence_length:
+    plan = resolve_model(model, role, tokenizer, runtime)
+    if not plan.trained:
+        raise UserError(f"{field} {plan.source.path}: expected a trained {role}, found {', '.join(plan.source.roles)}")
+    check_model_fits(plan.model, runtime.tp_size, runtime.pp_size, field)
+    if longest > plan.model.max_sequence_length:
         raise UserError(
-            f"{field} {source.path}: expected room for the {longest} tokens of the longest row, "
-            f"found max_sequence_length {model.max_sequence_length}"
+            f"{field} {plan.source.path}: expected room for the {longest} tokens of the longest row, "
+            f"found max_sequence_length {plan.model.max_sequence_length}"
         )
 
 
@@ -196,14 +192,7 @@ def claim_folder(config, stage: str, result: str, runtime: Runtime) -> Path:
         UserError: it holds another stage's run, or this stage's `result` and `run.resume` is "no".
     """
     folder = Path(config.run.out)
-    found = folder / "config.yaml"
-    if found.exists():
-        try:
-            holds = yaml.safe_load(found.read_text(encoding="utf-8"))["stage"]
-        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
-            holds = "unknown"
-        if holds != stage:
-            raise UserError(f"run.out {folder}: expected a folder of its own, found a run of stage {holds!r}")
+    check_stage(folder, stage)
     if (folder / result).exists() and config.run.resume == "no":
         raise UserError(
             f"run.out {folder}: holds {result} already; choose another folder, or --run.resume auto to make it anew"
@@ -212,8 +201,7 @@ def claim_folder(config, stage: str, result: str, runtime: Runtime) -> Path:
     try:
         if runtime.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump({"stage": stage, **to_dict(config)}, sort_keys=False, allow_unicode=True)
-            found.write_text(text, encoding="utf-8")
+            write_config(folder, stage, config)
     except OSError as error:
         raise UserError(f"run.out {folder}: cannot be written: {error}") from error
     return folder

@@ -9,6 +9,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_safe.config import ModelConfig, OptimizerConfig
+from megatron_safe.huggingface.origin import Origin
 from megatron_safe.models.adamw import load_state, prepare_state
 from megatron_safe.models.llama import Head, build
 from megatron_safe.runtime import Runtime
@@ -40,21 +41,26 @@ class Role:
         seed: int,
         optimizer: OptimizerConfig | None = None,
         total_steps: int = 0,
+        predictable: int | None = None,
+        origin: Origin | None = None,
     ):
-        """Build the role with fresh weights.
+        """Build the role, with fresh weights unless `model.checkpoint` names what is going to fill it.
 
         Args:
             name: a key of `HEADS`.
             model: architecture.
-            vocab_size: of the tokenizer (see `llama.build`).
+            vocab_size: rows of the embedding (see `llama.build`).
             optimizer: how it learns; None for a frozen role.
             total_steps: optimizer steps that the learning-rate schedule spans.
+            predictable: tokens that the tokenizer knows (default: vocab_size).
+            origin: goes into the role's checkpoints.
         """
         self.name = name
         self.model = model
         self.runtime = runtime
         self.vocab_size = vocab_size
-        self.module = build(model, runtime, HEADS[name], vocab_size, precision, seed)
+        self.origin = origin
+        self.module = build(model, runtime, HEADS[name], vocab_size, precision, seed, predictable)
         self.trainable: DistributedDataParallel | None = None
         self.optimizer = None
         self.schedule = None

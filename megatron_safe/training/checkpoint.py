@@ -3,6 +3,7 @@
     RUN/checkpoints/step_00000120/
         weights/        every saved role, sharded; loads in any layout
         state.json      step, architectures, and the loop's own state (λ and its cost window, ...)
+        huggingface/    for each role whose model came from Hugging Face: what it brought beside weights
         manifest.json   size and CRC-32 of every file
 
 A checkpoint is written under a hidden name and published by one rename, so a name that can be seen is whole; the
@@ -10,13 +11,12 @@ manifest finds what was damaged later, and `pickles` sees to it that loading one
 stored because none is used: data order and sampling are functions of the seed, the step and the sample.
 """
 
-import dataclasses
 import json
 import os
 import pickle
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,6 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_safe.config import ModelConfig
 from megatron_safe.errors import UserError
 from megatron_safe.models.llama import architecture
 from megatron_safe.models.roles import Role
@@ -32,15 +31,25 @@ from megatron_safe.runtime import Runtime
 from megatron_safe.training import pickles
 
 FORMAT = 1
-# A role may start from its own weights or from those that come before it in the paper's order of stages.
+# A role may start from its own weights or from those that come before it in the paper's order of stages. A published
+# scoring model is a `score`, whatever it was trained to judge.
 _SOURCES = {
     "actor": ("actor",),
     "reference": ("actor",),
-    "reward_model": ("reward_model", "actor"),
-    "cost_model": ("cost_model", "actor"),
-    "reward_critic": ("reward_critic", "reward_model"),
-    "cost_critic": ("cost_critic", "cost_model"),
+    "reward_model": ("reward_model", "score", "actor"),
+    "cost_model": ("cost_model", "score", "actor"),
+    "reward_critic": ("reward_critic", "reward_model", "score"),
+    "cost_critic": ("cost_critic", "cost_model", "score"),
 }
+
+
+def source_for(role: str, available: Collection[str], where: Path) -> str:
+    """Which of the available roles `role` starts from. Raises UserError where there is none."""
+    for name in _SOURCES[role]:
+        if name in available:
+            return name
+    wanted = " or ".join(_SOURCES[role])
+    raise UserError(f"{where}: expected {wanted} to start {role} from, found {', '.join(available)}")
 
 
 @dataclass(frozen=True)
@@ -63,14 +72,6 @@ class Checkpoint:
             return Checkpoint(path, content["step"], content["seed"], content["roles"], content["state"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path / 'state.json'}: expected a checkpoint's state, found {error!r}") from error
-
-    def source_for(self, role: str) -> str:
-        """The saved role that `role` starts from."""
-        for name in _SOURCES[role]:
-            if name in self.roles:
-                return name
-        wanted = " or ".join(_SOURCES[role])
-        raise UserError(f"{self.path}: expected {wanted} to start {role} from, found {', '.join(self.roles)}")
 
 
 def save(
@@ -104,6 +105,9 @@ def save(
             "state": state,
         }
         (hidden / "state.json").write_text(json.dumps(content, indent=1))
+        for role in roles:
+            if role.origin is not None:
+                role.origin.write(hidden, role.name)
 
     def publish() -> None:
         manifest = {str(path.relative_to(hidden)): found for path, found in sums.items()}
@@ -166,29 +170,9 @@ def has_checkpoints(run: Path) -> bool:
     return bool(_published(run))
 
 
-def resolve_model(
-    model: ModelConfig, role: str, vocab_size: int, runtime: Runtime
-) -> tuple[ModelConfig, Checkpoint | None]:
-    """A role's architecture: its checkpoint's where it names one, else the config's.
-
-    Raises:
-        UserError: no such checkpoint, nothing in it that the role can start from, or another tokenizer's vocabulary.
-    """
-    if model.checkpoint is None:
-        return model, None
-    checkpoint = find(model.checkpoint, runtime)
-    saved = checkpoint.roles[checkpoint.source_for(role)]
-    if saved["vocab_size"] != vocab_size:
-        raise UserError(
-            f"{role}.checkpoint {checkpoint.path}: expected the tokenizer's vocabulary of {vocab_size} tokens, "
-            f"found a model of {saved['vocab_size']}"
-        )
-    return dataclasses.replace(model, **saved["model"]), checkpoint
-
-
 def load_weights(role: Role, checkpoint: Checkpoint) -> None:
     """Start a role from a checkpoint: all of its weights, or the trunk below a fresh scalar head."""
-    source = checkpoint.source_for(role.name)
+    source = source_for(role.name, checkpoint.roles, checkpoint.path)
     wanted = role.module.sharded_state_dict(prefix=f"{source}.")
     trunk_only = role.module.head == "scalar" and source == "actor"
     if trunk_only:

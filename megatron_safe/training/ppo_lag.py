@@ -37,7 +37,7 @@ def run(config: PpoConfig, runtime: Runtime, algorithm: Algorithm) -> None:
     """Train the actor; OUT/checkpoints holds actor, critics, both optimizers' states, λ and its cost window."""
     ppo = config.ppo
     check(config, runtime, algorithm)
-    tokenizer = load_tokenizer(config.tokenizer.path)
+    tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.template)
     prompts = PromptDataset(
         read_prompts(config.data.prompts), tokenizer, config.tokenizer.template, config.rollout.max_prompt_length
     )
@@ -148,15 +148,14 @@ def make_roles(
         if config.cost_model.checkpoint is None:
             del wanted["cost_model"]
     # All six are looked at before the first is built: a wrong path in the last must not cost minutes.
-    resolved = {}
+    plans = {}
     for name, (model, _) in wanted.items():
-        resolved[name] = _, source = resolve_role(name, model, tokenizer, runtime, folder.resume, longest)
-        if name in ("reward_model", "cost_model") and source.source_for(name) != name:  # its head would score at random
+        plans[name] = plan = resolve_role(name, model, tokenizer, runtime, folder.resume, longest)
+        if name in ("reward_model", "cost_model") and not plan.trained:  # its head would score at random
+            source = plan.source
             raise UserError(f"{name} {source.path}: expected a trained {name}, found {', '.join(source.roles)}")
     return {
-        name: build_role(
-            name, *resolved[name], config.precision, config.run.seed, tokenizer, runtime, optimizer, updates
-        )
+        name: build_role(plans[name], config.precision, config.run.seed, tokenizer, runtime, optimizer, updates)
         for name, (_, optimizer) in wanted.items()
     }
 

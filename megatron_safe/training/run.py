@@ -32,7 +32,7 @@ class Run:
             raise UserError(
                 f"run.out {self.folder}: holds a run already; choose another folder, or --run.resume auto to go on"
             )
-        _check_stage(self.folder / "config.yaml", stage)
+        check_stage(self.folder, stage)
         self.resume = checkpoint.find(self.folder, runtime) if checkpoint.has_checkpoints(self.folder) else None
         if self.resume is not None and self.resume.seed != self.config.seed:
             raise UserError(
@@ -45,8 +45,7 @@ class Run:
                 self.folder, stage, total_steps, runtime.is_main, self.config.tensorboard, self.config.wandb_project
             )
             if runtime.is_main:
-                text = yaml.safe_dump({"stage": stage, **to_dict(config)}, sort_keys=False, allow_unicode=True)
-                (self.folder / "config.yaml").write_text(text, encoding="utf-8")
+                write_config(self.folder, stage, config)
         except OSError as error:
             raise UserError(f"run.out {self.folder}: cannot be written: {error}") from error
         self.first_step = self.resume.step if self.resume else 0
@@ -79,13 +78,21 @@ class Run:
             (self.folder / "config.yaml").unlink(missing_ok=True)
 
 
-def _check_stage(config: Path, stage: str) -> None:
+def check_stage(folder: Path, stage: str) -> None:
+    """Raise UserError when the folder holds the run of another stage."""
+    config = folder / "config.yaml"
     try:
         found = yaml.safe_load(config.read_text(encoding="utf-8"))["stage"] if config.exists() else stage
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
         raise UserError(f"{config}: expected the config of a run, found {type(error).__name__}") from error
     if found != stage:
-        raise UserError(f"run.out {config.parent}: expected a run of {stage} to go on with, found one of {found}")
+        raise UserError(f"run.out {folder}: expected a run of {stage} or a new folder, found one of {found}")
+
+
+def write_config(folder: Path, stage: str, config) -> None:
+    """The resolved config, which says whose the folder is."""
+    text = yaml.safe_dump({"stage": stage, **to_dict(config)}, sort_keys=False, allow_unicode=True)
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
 
 
 def check_batch(global_size: int, micro_size: int, runtime: Runtime, section: str, name: str = "global_batch_size"):

@@ -16,6 +16,7 @@ from megatron_safe.models.roles import Role
 from megatron_safe.runtime import start
 from megatron_safe.training import checkpoint
 from megatron_safe.training.pickles import check_index
+from megatron_safe.training.setup import resolve_model
 
 VOCABULARY = 11
 MODEL = ModelConfig(
@@ -357,23 +358,31 @@ def test_harm_in_the_common_file_is_refused(run, actor, runtime, tmp_path):
 # Not what was asked for.
 
 
+class Vocabulary:
+    """As much of a tokenizer as a model is checked against."""
+
+    def __init__(self, size):
+        self.vocab_size = size
+
+
 def test_another_vocabulary(run, runtime):
     with pytest.raises(UserError, match="expected the tokenizer's vocabulary of 12 tokens, found a model of 11"):
-        checkpoint.resolve_model(ModelConfig(checkpoint=str(run)), "actor", 12, runtime)
+        resolve_model(ModelConfig(checkpoint=str(run)), "actor", Vocabulary(12), runtime)
 
 
 def test_the_architecture_is_the_checkpoints(run, runtime):
-    model, found = checkpoint.resolve_model(
-        ModelConfig(checkpoint=str(run), hidden_size=999), "reward_model", VOCABULARY, runtime
-    )
-    assert (model.hidden_size, model.num_layers, found.step) == (16, 1, 3)
+    given = ModelConfig(checkpoint=str(run), hidden_size=999)
+    plan = resolve_model(given, "reward_model", Vocabulary(VOCABULARY), runtime)
+    assert (plan.model.hidden_size, plan.model.num_layers, plan.source.step) == (16, 1, 3)
+    assert plan.vocab_size == VOCABULARY and not plan.trained
+    assert resolve_model(given, "actor", Vocabulary(VOCABULARY), runtime).trained
 
 
 @pytest.mark.parametrize("role", ["reward_critic", "cost_critic"])
 def test_no_role_to_start_from(run, runtime, role):
-    wanted = role.replace("critic", "model")
-    with pytest.raises(UserError, match=f"expected {role} or {wanted} to start {role} from, found actor"):
-        checkpoint.resolve_model(ModelConfig(checkpoint=str(run)), role, VOCABULARY, runtime)
+    wanted = f"{role} or {role.replace('critic', 'model')} or score"
+    with pytest.raises(UserError, match=f"expected {wanted} to start {role} from, found actor"):
+        resolve_model(ModelConfig(checkpoint=str(run)), role, Vocabulary(VOCABULARY), runtime)
 
 
 def test_a_reward_model_takes_the_trunk_and_keeps_its_head(run, actor, runtime):

@@ -50,7 +50,7 @@ def test_resuming_with_another_seed(sft):
 def test_resuming_another_stages_run(sft, project, runtime, tmp_path):
     folder = sft("--run.stop_after=1")
     arguments = project.arguments("reward", tmp_path / "reward", "one", f"--run.out={folder}", "--run.resume=auto")
-    with pytest.raises(UserError, match="run.out .*: expected a run of reward to go on with, found one of sft"):
+    with pytest.raises(UserError, match="run.out .*: expected a run of reward or a new folder, found one of sft"):
         run_stage("reward", parse("reward", arguments), runtime)
 
 

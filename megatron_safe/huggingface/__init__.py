@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: read, written, and mapped to our models."""

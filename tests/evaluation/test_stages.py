@@ -370,7 +370,7 @@ BAD = {
     "too long": ("generate", ["--rollout.max_new_tokens=60"], "expected room for the 76 tokens of the longest row"),
     "template": ("generate", ["--tokenizer.template=ask"], "template 'ask': expected {prompt} once"),
     "no prompts": ("generate", ["--data.prompts=[]"], "expected at least one .jsonl"),
-    "another stage's folder": ("generate", ["--run.out={sft}", "--run.resume=auto"], "or a new folder, found one of sft"),
+    "another stage's folder": ("generate", ["--run.out={sft}", "--run.resume=auto"], "a new folder, found one of sft"),
     "no model": ("score", ["--reward_model=null"], "reward_model.checkpoint, cost_model.checkpoint: expected at least"),
     "score template": ("score", ["--tokenizer.template=ask"], "template 'ask': expected {prompt} once"),
     "score batch size": ("score", ["--data.batch_size=-4"], "data.batch_size: expected a positive multiple"),

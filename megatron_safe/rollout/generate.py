@@ -84,7 +84,8 @@ class _Wires:
             self._stages = parallel_state.get_pipeline_model_parallel_group()
             # First and last stage also share the embedding group. Tokens return through it because nccl orders the
             # messages of one group: behind the hidden states they would deadlock.
-            self._ends = parallel_state.get_embedding_group()
+            if self.runtime.is_first_stage or self.runtime.is_last_stage:
+                self._ends = parallel_state.get_embedding_group()
 
     def _send(self, tensor: torch.Tensor, rank: int, group) -> None:
         self._pending = [(work, kept) for work, kept in self._pending if not work.is_completed()]

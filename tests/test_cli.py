@@ -250,7 +250,8 @@ BAD = {
         "ppo-lag", ["--actor.checkpoint={reward}"], "expected actor to start actor from, found reward_model",
     ),
     "models swapped": (
-        "ppo-lag", ["--cost_model.checkpoint={reward}"], "expected cost_model or score or actor to start cost_model from, found",
+        "ppo-lag", ["--cost_model.checkpoint={reward}"],
+        "expected cost_model or score or actor to start cost_model from, found",
     ),
     "a policy for a reward model": (
         "ppo-lag", ["--reward_model.checkpoint={sft}"], "expected a trained reward_model, found actor",

@@ -33,6 +33,7 @@ from megatron_safe.huggingface.importing import Import, short_name
 from megatron_safe.huggingface.layout import huggingface_tensors, stored_tensors
 from megatron_safe.huggingface.loading import HuggingFaceModel
 from megatron_safe.models.llama import check_model_fits, padded_vocab_size
+from megatron_safe.models.rope import head_dim
 from megatron_safe.runtime import start
 from megatron_safe.training import checkpoint
 
@@ -178,7 +179,7 @@ def _facts(description: Description, dtypes: set[torch.dtype]) -> dict[str, str]
         "vocabulary": f"{description.vocab_size:,} (stored as {padded:,})",
         "head": _head(description),
         "layers": f"{model.num_layers} of width {model.hidden_size}, SwiGLU {model.ffn_hidden_size}",
-        "heads": f"{heads}, key/value heads {groups}, of {model.head_dim or model.hidden_size // heads}",
+        "heads": f"{heads}, key/value heads {groups}, of {head_dim(model)}",
         "positions": f"{model.max_sequence_length:,}, RoPE {rope}, base {model.rotary_base:g}"
         + (f", window {model.sliding_window}" if model.sliding_window else ""),
         "tensor parallel": _sizes(model, heads, lambda size: (size, 1)),

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_safe.errors import UserError
+from megatron_safe.errors import UserError, first_line
 
 FILE_BYTES = 1 << 30  # about: several files, because a checkpoint is verified by all ranks, file by file
 _AHEAD = 4  # blocks that may wait to be written
@@ -305,14 +305,10 @@ class Reader:
         except OSError as error:
             raise UserError(f"{path}: {error.strerror or error}") from error
         except Exception as error:  # of any kind: pickle's, the zip reader's
-            raise UserError(f"{path}: expected a tensor of {key}, found {_first_line(error)}") from error
+            raise UserError(f"{path}: expected a tensor of {key}, found {first_line(error)}") from error
         if not isinstance(tensor, torch.Tensor) or tensor.shape != chunk.sizes:
             raise UserError(f"{path}: expected {list(chunk.sizes)} of {key}, found {tensor!r:.80}")
         return tensor
 
     def _wrong(self, what: str) -> UserError:
         return UserError(f"{self._folder / '.metadata'}: expected {what}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or repr(error)).splitlines()[0]

@@ -18,7 +18,7 @@ from megatron_safe.errors import UserError
 from megatron_safe.huggingface import shards
 from megatron_safe.huggingface.carried import carried
 from megatron_safe.huggingface.distcp import Reader
-from megatron_safe.huggingface.families import Description, describe, new_config
+from megatron_safe.huggingface.families import Description, describe, new_config, normalizer_of
 from megatron_safe.huggingface.folder import DTYPES
 from megatron_safe.huggingface.importing import narrowed, short_name
 from megatron_safe.huggingface.layout import (
@@ -207,8 +207,7 @@ def _with_dtype(config: dict, dtype: torch.dtype | None) -> dict:
 def _extra(description: Description, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors of the folder that our model holds as numbers, or not at all."""
     if description.normalizer and "normalizer.mean" not in found:
-        model = description.model
-        numbers = {"normalizer.mean": model.score_mean, "normalizer.var": (model.score_std - 1e-8) ** 2}
+        numbers = dict(zip(("normalizer.mean", "normalizer.var"), normalizer_of(description.model), strict=True))
         return found | {name: torch.tensor([number]) for name, number in numbers.items()}
     return found
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from megatron_safe.config import ModelConfig
 from megatron_safe.errors import UserError
 from megatron_safe.models.llama import Head
+from megatron_safe.models.rope import head_dim
 
 Score = Literal["score", "sequence-classification"]
 Tensors = dict[str, str | tuple[str, ...]]
@@ -276,7 +277,7 @@ def new_config(
         **special_ids,
     }
     config["num_key_value_heads"] = model.num_query_groups or model.num_attention_heads
-    config["head_dim"] = model.head_dim or model.hidden_size // model.num_attention_heads
+    config["head_dim"] = head_dim(model)
     if family.window == "all":
         config["sliding_window"] = window
     elif family.window == "some":

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from megatron_safe.config import ModelConfig
 from megatron_safe.huggingface.families import Description
 from megatron_safe.models.llama import padded_vocab_size
+from megatron_safe.models.rope import head_dim
 
 _WRITTEN = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.q_norm",
@@ -100,7 +101,7 @@ def _dimensions(description: Description) -> dict[str, tuple[tuple[int, ...], tu
     """Our key -> (rows of each Hugging Face tensor that it is made of, their columns, if they have any)."""
     model = description.model
     h, f = model.hidden_size, model.ffn_hidden_size
-    d = model.head_dim or h // model.num_attention_heads
+    d = head_dim(model)
     q, k = model.num_attention_heads * d, (model.num_query_groups or model.num_attention_heads) * d
     V = description.vocab_size
     return {

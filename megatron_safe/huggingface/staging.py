@@ -42,10 +42,10 @@ def staged(out: Path, needed_bytes: int = 0) -> Iterator[Path]:
         hidden.mkdir()
         yield hidden
         for path in (*hidden.rglob("*"), hidden):
-            _sync(path)
+            sync(path)
         out.parent.mkdir(parents=True, exist_ok=True)
         os.rename(hidden, out)
-        _sync(out.parent)
+        sync(out.parent)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise UserError(f"{out}: not written: {error.strerror or error}{where}") from error
@@ -53,7 +53,8 @@ def staged(out: Path, needed_bytes: int = 0) -> Iterator[Path]:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """See to it that a file or a folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

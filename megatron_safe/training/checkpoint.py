@@ -24,7 +24,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_safe.errors import UserError
+from megatron_safe.errors import UserError, first_line
+from megatron_safe.huggingface.staging import sync
 from megatron_safe.models.llama import architecture
 from megatron_safe.models.roles import Role
 from megatron_safe.runtime import Runtime
@@ -113,14 +114,14 @@ def save(
         manifest = {str(path.relative_to(hidden)): found for path, found in sums.items()}
         (hidden / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for path in hidden.rglob("*"):
-            _sync(path)
+            sync(path)
         # Checkpoints from this step on are damaged ones that a resume has passed over: they must not outlive it, nor
         # take a good one's place among the newest.
         for path in _published(run):
             if path.name >= final.name:
                 shutil.rmtree(path)
         os.rename(hidden, final)
-        _sync(folder)
+        sync(folder)
         for old in _published(run)[:-keep_last] if keep_last > 0 else []:
             shutil.rmtree(old)
 
@@ -200,14 +201,10 @@ def _load(sharded: dict, checkpoint: Checkpoint) -> dict:
     try:
         return dist_checkpointing.load(sharded, str(weights))
     except pickle.UnpicklingError as error:
-        raise UserError(f"{weights}: expected tensors and plain data, found: {_first_line(error)}") from error
+        raise UserError(f"{weights}: expected tensors and plain data, found: {first_line(error)}") from error
     except CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values()]
-        raise UserError(f"{weights}: expected tensors and plain data, found: {_first_line(causes[0])}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or repr(error)).splitlines()[0]
+        raise UserError(f"{weights}: expected tensors and plain data, found: {first_line(causes[0])}") from error
 
 
 def _sharded(roles: list[Role], loading: bool) -> dict:
@@ -281,11 +278,3 @@ def _damage(path: Path, runtime: Runtime) -> str | None:
 
     problems = _over_ranks(sorted(expected), compare, runtime)
     return next((problem for problem in problems.values() if problem), None)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

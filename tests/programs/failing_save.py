@@ -24,7 +24,7 @@ def main(run: Path) -> None:
     model = ModelConfig(num_layers=1, hidden_size=16, ffn_hidden_size=16, num_attention_heads=2, vocab_multiple=8)
     with start(ParallelConfig(2, 1, timeout_seconds=60.0), 0) as runtime:
         actor = Role("actor", model, runtime, 11, "fp32", 0)
-        for culprit, module, name in ((1, filesystem_async, "_write_item"), (0, checkpoint, "_sync"), (None, None, "")):
+        for culprit, module, name in ((1, filesystem_async, "_write_item"), (0, checkpoint, "sync"), (None, None, "")):
             if runtime.rank == culprit:
                 plain = getattr(module, name)
                 setattr(module, name, full)

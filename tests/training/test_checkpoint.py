@@ -231,7 +231,7 @@ def test_a_failed_save_publishes_nothing(run, actor, runtime, monkeypatch, culpr
     if culprit == "describe":
         monkeypatch.setattr(checkpoint.json, "dumps", full)
     elif culprit == "publish":
-        monkeypatch.setattr(checkpoint, "_sync", full)
+        monkeypatch.setattr(checkpoint, "sync", full)
     else:
         from megatron.core.dist_checkpointing.strategies import filesystem_async
 

@@ -12,6 +12,7 @@ the batch or the layers are split:
 Legend: B samples, V vocabulary, V/p of it on each of p tensor-parallel ranks (`logits_Bv`).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -25,8 +26,8 @@ class NoiseKey(NamedTuple):
     """What the Triton path's noise is keyed by, beside the token."""
 
     seed: int
-    sample_ids_B: torch.Tensor  # [B] int64, on the logits' device
-    position: int
+    sample_ids_B: torch.Tensor  # [B] int64, on the logits' device, as
+    positions_B: torch.Tensor  # [B] int64: which draw of the sample this is; its low 32 bits count
 
 
 # Triton. A tile is four neighbouring quarters of _QUARTER global token ids, whose noise is the four words of as many
@@ -84,8 +85,8 @@ def _first_largest(x0, x1, x2, x3, columns, QUARTER: tl.constexpr):
 
 @triton.jit
 def _draw_kernel(
-    logits_ptr, sample_ids_ptr, parts_ptr, row_stride, shard, first, tiles, position, key0, key1, inverse_temperature,
-    GREEDY: tl.constexpr, QUARTER: tl.constexpr,
+    logits_ptr, sample_ids_ptr, positions_ptr, parts_ptr, row_stride, shard, first, tiles, key0, key1,
+    inverse_temperature, GREEDY: tl.constexpr, QUARTER: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of a row: the largest key z + g, its token and z, max z, and Σ exp(z - max).
 
@@ -115,7 +116,7 @@ def _draw_kernel(
         best = largest
     else:
         sample_id = tl.load(sample_ids_ptr + row)
-        c0 = tl.to_tensor(position).to(tl.uint32)
+        c0 = (tl.load(positions_ptr + row) & 0xFFFFFFFF).to(tl.uint32)
         c1 = (sample_id & 0xFFFFFFFF).to(tl.uint32)
         c2 = ((sample_id >> 32) & 0xFFFFFFFF).to(tl.uint32)
         k0 = tl.to_tensor(key0).to(tl.uint32)
@@ -217,11 +218,11 @@ def _launch_sample(
             LAST=last, BLOCK=32, num_warps=1,
         )  # fmt: skip
 
-    seed, sample_ids_B, position = key if key is not None else NoiseKey(0, tokens_B, 0)
+    seed, sample_ids_B, positions_B = key if key is not None else NoiseKey(0, tokens_B, tokens_B)
     if rows:
         _draw_kernel[(rows * tiles,)](
-            logits_Bv, sample_ids_B.contiguous(), parts_BK5, logits_Bv.stride(0), shard, first, tiles,
-            _signed(position & _MASK), _signed(seed & _MASK), _signed((seed >> 32) & _MASK),
+            logits_Bv, sample_ids_B.contiguous(), positions_B.contiguous(), parts_BK5, logits_Bv.stride(0), shard,
+            first, tiles, _signed(seed & _MASK), _signed((seed >> 32) & _MASK),
             1.0 if key is None else 1.0 / temperature, GREEDY=key is None, QUARTER=_QUARTER, num_warps=4,
         )  # fmt: skip
         alone = group is None or group.size() == 1
@@ -305,6 +306,28 @@ def _max_and_sum(z_Bv: torch.Tensor) -> torch.Tensor:
     return torch.stack([max_B, (z_Bv - safe_B[:, None]).exp_().sum(dim=1)], dim=1)
 
 
+def _invert_cdf(p_Bv: torch.Tensor, draw_B: torch.Tensor) -> torch.Tensor:
+    """The first column at which the running sum of p exceeds the draw: first its block, then within, because only the
+    blocks' sums need a pass over all of p. A draw past the sum, by rounding, stays on the last column that has mass."""
+    blocks_BnW = p_Bv.unflatten(1, (-1, math.gcd(p_Bv.size(1), _BLOCK)))
+    block_B1, rest_B = _first_above(blocks_BnW.sum(dim=2), draw_B)
+    block_BW = blocks_BnW.gather(1, block_B1[..., None].expand(-1, 1, blocks_BnW.size(2)))[:, 0]
+    column_B1, _ = _first_above(block_BW, rest_B)
+    return (block_B1 * blocks_BnW.size(2) + column_B1)[:, 0]
+
+
+def _first_above(p_Bn: torch.Tensor, draw_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """([B, 1] where the running sum exceeds the draw, [B] what the draw is past the sum of those before)."""
+    ends_Bn = p_Bn.cumsum(dim=1)
+    last_B = ends_Bn[:, -1]
+    draw_B = torch.minimum(draw_B.clamp(min=0), torch.nextafter(last_B, torch.zeros_like(last_B)))
+    where_B1 = torch.searchsorted(ends_Bn, draw_B[:, None], right=True).clamp_(max=p_Bn.size(1) - 1)
+    return where_B1, draw_B - (ends_Bn.gather(1, where_B1) - p_Bn.gather(1, where_B1))[:, 0]
+
+
+_BLOCK = 64  # columns
+
+
 def sample(
     logits_Bv: torch.Tensor,
     uniform_B: torch.Tensor,
@@ -342,8 +365,10 @@ def sample(
     shard = logits_Bv.size(1)
     z_Bv = scaled_logits(logits_Bv, temperature or 1.0)
 
-    full_pB2 = combine_shards(_max_and_sum(z_Bv), group)
-    max_B = full_pB2[..., 0].max(dim=0).values
+    p_Bv = torch.softmax(z_Bv, dim=1)  # within this shard
+    stats_B2 = torch.stack([z_Bv.amax(dim=1), p_Bv.amax(dim=1).reciprocal()], dim=1)  # max z, Σ exp(z - max)
+    full_pB2 = combine_shards(stats_B2, group)
+    max_B = full_pB2[..., 0].amax(dim=0)
     mass_pB = full_pB2[..., 1] * (full_pB2[..., 0] - max_B).exp()
     log_sum_B = mass_pB.sum(dim=0).log()
 
@@ -351,26 +376,21 @@ def sample(
         owner_B = full_pB2[..., 0].argmax(dim=0)
         local_B = z_Bv.argmax(dim=1)
     else:
-        kept_Bv = z_Bv
-        if top_k > 0:
-            kept_Bv = _keep_top_k(kept_Bv, top_k, group)
-        if top_p < 1:
-            kept_Bv = _keep_top_p(kept_Bv, top_p, group)
-        if kept_Bv is not z_Bv:
-            kept_pB2 = combine_shards(_max_and_sum(kept_Bv), group)
-            mass_pB = kept_pB2[..., 1] * (kept_pB2[..., 0] - max_B).exp()
+        unit_B = mass_pB[rank]  # what this shard's p are shares of
+        if top_k > 0 or top_p < 1:
+            kept_Bv = _keep_top_k(z_Bv, top_k, group) if top_k > 0 else z_Bv
+            kept_Bv = _keep_top_p(kept_Bv, top_p, group) if top_p < 1 else kept_Bv
+            p_Bv.masked_fill_(kept_Bv.isinf(), 0.0)
+            mass_pB = combine_shards(p_Bv.sum(dim=1) * unit_B, group)
         ends_pB = mass_pB.cumsum(dim=0)
         draw_B = uniform_B * ends_pB[-1]
         owner_B = (draw_B >= ends_pB).sum(dim=0).clamp(max=size - 1)
-        cdf_Bv = (kept_Bv - max_B[:, None]).exp_().cumsum(dim=1)
-        here_B = (draw_B - (ends_pB[rank] - mass_pB[rank])).clamp(min=0)
-        # Rounding may push the draw past the last token that has mass: stay on it.
-        here_B = torch.minimum(here_B, torch.nextafter(cdf_Bv[:, -1], torch.zeros_like(here_B)))
-        local_B = torch.searchsorted(cdf_Bv, here_B[:, None], right=True)[:, 0].clamp(max=shard - 1)
+        local_B = _invert_cdf(p_Bv, (draw_B - (ends_pB[rank] - mass_pB[rank])) / unit_B)
 
-    mine_B = owner_B == rank
     logit_B = z_Bv.gather(1, local_B[:, None])[:, 0]
-    # A token id is exact in fp64 and the pair travels in one collective.
-    pair_2B = torch.stack([(local_B + rank * shard).double(), logit_B.double()]) * mine_B
-    pair_2B = _all_reduce(pair_2B, group)
-    return pair_2B[0].long(), (pair_2B[1] - max_B).float() - log_sum_B
+    if size > 1:
+        # A token id is exact in fp64 and the pair travels in one collective.
+        pair_2B = torch.stack([(local_B + rank * shard).double(), logit_B.double()]) * (owner_B == rank)
+        dist.all_reduce(pair_2B, group=group)
+        local_B, logit_B = pair_2B[0].long(), pair_2B[1]
+    return local_B, (logit_B - max_B).float() - log_sum_B

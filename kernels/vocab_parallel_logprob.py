@@ -253,7 +253,8 @@ class _TritonLogProb(torch.autograd.Function):
 
 def scaled_logits(logits_Nv: torch.Tensor, temperature: float) -> torch.Tensor:
     """logits / temperature, fp32, not below LOWEST."""
-    return (logits_Nv.float() / temperature).clamp_(min=LOWEST)
+    z_Nv = logits_Nv.float()
+    return z_Nv.clamp(min=LOWEST) if temperature == 1 else (z_Nv / temperature).clamp_(min=LOWEST)
 
 
 class TorchLogProb(torch.autograd.Function):

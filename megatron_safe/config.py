@@ -35,6 +35,15 @@ class ParallelConfig:
     """Ranks that share each layer's matrices (Megatron TP)."""
     pipeline_model_parallel_size: int = 1
     """Ranks that share the layers (Megatron PP). Data parallelism takes what is left of the world."""
+    virtual_pipeline_model_parallel_size: int = 1
+    """Chunks of layers on each pipeline rank (Megatron's interleaved schedule): smaller bubbles, more messages."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence's tokens, for sequences too long for one (Megatron CP)."""
+    sequence_parallel: bool = False
+    """Between a layer's matrices each tensor-parallel rank keeps some of the tokens, which saves activations (needs a
+    tensor size above 1)."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What backward computes again instead of keeping it: nothing, core attention, or whole layers."""
     timeout_seconds: float = 600.0
     """A collective that takes longer than this fails the run."""
 
@@ -130,14 +139,19 @@ class OptimizerConfig:
     """Clip the global gradient norm to this."""
     distributed: bool = False
     """Shard optimizer state over data-parallel ranks (Megatron DistributedOptimizer)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks while backward still makes others."""
+    overlap_param_gather: bool = False
+    """Gather what a sharded optimizer has updated while forward uses what is there already (needs distributed and
+    overlap_grad_reduce)."""
 
 
 @dataclass
 class BatchConfig:
     global_batch_size: int = 8
     """Rows per optimizer step, over all data-parallel ranks (pairs, for reward and cost)."""
-    micro_batch_size: int = 8
-    """Rows per forward pass on one rank; divides global_batch_size / data-parallel size."""
+    max_tokens_per_micro_batch: int = 8192
+    """Tokens per forward and backward pass on one rank; rows are packed end to end, without padding."""
     max_length: int = 512
     """Longest prompt + answer in tokens; longer answers are cut, longer prompts skipped, both counted."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -182,10 +196,14 @@ class RolloutConfig:
     """Longest prompt in tokens; longer ones are skipped and counted."""
     temperature: float = 1.0
     """Sampling temperature; also divides the logits of the training log-probabilities. 0 is greedy (not for PPO)."""
+    verify_logprobs: bool = False
+    """PPO: measure by one more forward of the actor how far its log-probabilities are from the rollout's."""
     top_k: int = 0
     """Sample from the k likeliest tokens only (0: all)."""
     top_p: float = 1.0
     """Sample from the smallest set of tokens with this much probability (1: all)."""
+    slots: int = 0
+    """Answers decoded at once on a data-parallel rank; the others wait (0: what suits the CPU, or fits the GPU)."""
 
 
 @dataclass
@@ -196,10 +214,10 @@ class PpoTrainingConfig:
     """Prompts per rollout batch, over all data-parallel ranks."""
     mini_batch_size: int = 64
     """Rows per optimizer step, over all data-parallel ranks; divides rollout_batch_size."""
-    micro_batch_size: int = 64
-    """Rows per training forward on one rank."""
-    score_micro_batch_size: int = 64
-    """Most rows per scoring forward on one rank."""
+    max_tokens_per_micro_batch: int = 8192
+    """Tokens per training forward and backward on one rank; rows are packed end to end, without padding."""
+    max_tokens_per_score_micro_batch: int = 16384
+    """Tokens per scoring forward on one rank."""
     epochs: int = 1
     """Passes over each rollout batch."""
     critic_warmup_steps: int = 0
@@ -208,6 +226,9 @@ class PpoTrainingConfig:
     """β: weight of log π_θ - log π_ref in token rewards and costs."""
     clip_ratio: float = 0.2
     """ε of the clipped surrogate."""
+    importance_cap: float | None = None
+    """Weigh each token of the actor's loss with min(π_old / π_rollout, this), π_old from one more forward of the actor
+    (default: the rollout's log-probabilities are π_old)."""
     clip_value: float = 5.0
     """How far values may move from the rollout's before the value loss is clipped."""
     score_clip: float = 50.0
@@ -318,6 +339,12 @@ class PpoConfig(StageConfig):
     """Critic of the reward (default: starts from the reward model)."""
     cost_critic: ModelConfig | None = None
     """Critic of the cost (default: starts from the cost model)."""
+    critics: Literal["separate", "shared"] = "separate"
+    """`shared`: one critic with two outputs in place of both, which saves a model's weights, gradients and optimizer
+    (not for `ppo`, which has no cost critic)."""
+    critic: ModelConfig | None = None
+    """The shared critic (default: starts from the reward model). Where it starts from a model with one output, that one
+    is for the reward, and its values of the cost are 0 at first."""
     data: PpoDataConfig = field(default_factory=PpoDataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     ppo: PpoTrainingConfig = field(default_factory=PpoTrainingConfig)
@@ -325,7 +352,7 @@ class PpoConfig(StageConfig):
     actor_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     critic_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute type of all six roles."""
+    """Compute type of all roles."""
 
 
 @dataclass

@@ -46,6 +46,8 @@ RANGES: dict[type, dict[str, Range]] = {
     ParallelConfig: {
         "tensor_model_parallel_size": _at_least(1),
         "pipeline_model_parallel_size": _at_least(1),
+        "virtual_pipeline_model_parallel_size": _at_least(1),
+        "context_parallel_size": _at_least(1),
         "timeout_seconds": _POSITIVE,
     },
     ModelConfig: {
@@ -73,7 +75,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "eps": _POSITIVE,
         "clip_grad": _at_least(0, " (no clipping)"),
     },
-    BatchConfig: {"max_length": _at_least(2)},
+    BatchConfig: {"max_length": _at_least(2), "max_tokens_per_micro_batch": _at_least(1)},
     SftTrainingConfig: {"steps": _at_least(1)},
     PreferenceTrainingConfig: {"steps": _at_least(1), "score_l2": _at_least(0)},
     RolloutConfig: {
@@ -82,14 +84,17 @@ RANGES: dict[type, dict[str, Range]] = {
         "temperature": _at_least(0, " (greedy)"),
         "top_k": _at_least(0, " (all)"),
         "top_p": ("a number above 0 and up to 1", lambda value: 0 < value <= 1),
+        "slots": _at_least(0, " (automatic)"),
     },
     PpoTrainingConfig: {
         "steps": _at_least(1),
-        "score_micro_batch_size": _at_least(1),
+        "max_tokens_per_micro_batch": _at_least(1),
+        "max_tokens_per_score_micro_batch": _at_least(1),
         "epochs": _at_least(1),
         "critic_warmup_steps": _at_least(0),
         "kl_coeff": _at_least(0),
         "clip_ratio": _POSITIVE,
+        "importance_cap": _at_least(1),
         "clip_value": _LIMIT,
         "score_clip": _LIMIT,
         "gamma": _SHARE,
@@ -115,3 +120,7 @@ def check_ranges(config) -> None:
                 raise UserError(f"{outer.name}.{name}: expected {expected}, found {value}")
         if isinstance(section, OptimizerConfig) and section.min_lr > section.lr:
             raise UserError(f"{outer.name}.min_lr: expected at most lr {section.lr}, found {section.min_lr}")
+        if isinstance(section, OptimizerConfig) and section.overlap_param_gather:
+            for name in ("distributed", "overlap_grad_reduce"):
+                if not getattr(section, name):
+                    raise UserError(f"{outer.name}.overlap_param_gather: expected {name} to be true too, found false")

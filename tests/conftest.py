@@ -93,14 +93,15 @@ class Project:
 
     def arguments(self, stage: str, out: Path, layout: str, *more: str, models: Path | None = None) -> list[str]:
         """Of a stage that writes `out`, starting from the runs under `models`."""
-        _, _, dp = LAYOUTS[layout]
-        micro = 4 // dp  # two micro-batches in every layout but DP 2's
         model = [
             "--model.hidden_size=32", "--model.ffn_hidden_size=48", "--model.num_attention_heads=4",
             "--model.num_query_groups=2", "--model.max_sequence_length=40", "--model.tie_embeddings=true",
             "--model.vocab_multiple=32", "--model.init_std=0.2",
         ]  # fmt: skip
-        batch = ["--batch.global_batch_size=8", "--batch.max_length=24", f"--batch.micro_batch_size={micro}"]
+        # Rows have 5 to 22 tokens, so that every layout has several packs.
+        batch = [
+            "--batch.global_batch_size=8", "--batch.max_length=24", "--batch.max_tokens_per_micro_batch=36",
+        ]  # fmt: skip
         rollout = ["--rollout.max_new_tokens=10", "--rollout.max_prompt_length=12"]
         prompts = f"--data.prompts=[{self.data / 'prompts.jsonl'}]"
         own = {
@@ -118,8 +119,9 @@ class Project:
                 f"--actor.checkpoint={models}/sft", f"--reward_model.checkpoint={models}/reward",
                 f"--cost_model.checkpoint={models}/cost", prompts, *rollout, "--ppo.steps=2",
                 f"--data.ptx=[{self.data / 'demonstrations.jsonl'}]", "--ppo.ptx_coeff=0.5",
-                "--ppo.rollout_batch_size=16", "--ppo.mini_batch_size=8", f"--ppo.micro_batch_size={micro}",
-                f"--ppo.score_micro_batch_size={micro}", "--ppo.whiten_advantages=true", "--ppo.red_team_share=0.5",
+                "--ppo.rollout_batch_size=16", "--ppo.mini_batch_size=8",
+                "--ppo.max_tokens_per_micro_batch=36", "--ppo.max_tokens_per_score_micro_batch=60",
+                "--ppo.whiten_advantages=true", "--ppo.red_team_share=0.5",
                 "--ppo.missing_eos_penalty=0.5", "--ppo.kl_coeff=0.1", "--lagrange.prompts=red-team",
                 "--lagrange.lambda_lr=0.5", "--lagrange.episode_cost_window=12",
                 "--actor_optimizer.lr=5e-3", f"--actor_optimizer.eps={EPS}",

@@ -154,6 +154,14 @@ BAD = {
     "negative steps": ("ppo-lag", ["--ppo.steps=-3"], "ppo.steps: expected 1 or more, found -3"),
     "negative learning rate": ("sft", ["--optimizer.lr=-0.1"], "optimizer.lr: expected 0 or more, found -0.1"),
     "learning rate NaN": ("sft", ["--optimizer.lr=.nan"], "optimizer.lr: expected 0 or more, found nan"),
+    "parameters gathered late, all on each rank": (
+        "sft", ["--optimizer.overlap_param_gather=true", "--optimizer.overlap_grad_reduce=true"],
+        "optimizer.overlap_param_gather: expected distributed to be true too, found false",
+    ),
+    "parameters gathered late alone": (
+        "sft", ["--optimizer.overlap_param_gather=true", "--optimizer.distributed=true"],
+        "optimizer.overlap_param_gather: expected overlap_grad_reduce to be true too, found false",
+    ),
     "min_lr above lr": ("sft", ["--optimizer.min_lr=1"], "optimizer.min_lr: expected at most lr 0.01, found 1"),
     "beta": ("sft", ["--optimizer.beta2=1"], "optimizer.beta2: expected a number from 0 to below 1, found 1"),
     "kl_coeff": ("ppo-lag", ["--ppo.kl_coeff=-0.1"], "ppo.kl_coeff: expected 0 or more, found -0.1"),
@@ -177,14 +185,22 @@ BAD = {
         "sft", ["--parallel.pipeline_model_parallel_size=0"],
         "parallel.pipeline_model_parallel_size: expected 1 or more, found 0",
     ),
-    "micro-batch": (
-        "sft", ["--batch.micro_batch_size=3"],
-        "batch.global_batch_size: expected a positive multiple of data-parallel size 1 x micro_batch_size 3, found 8",
+    "token budget": (
+        "sft", ["--batch.max_tokens_per_micro_batch=0"],
+        "batch.max_tokens_per_micro_batch: expected 1 or more, found 0",
+    ),
+    "token budgets of PPO": (
+        "ppo-lag", ["--ppo.max_tokens_per_score_micro_batch=-1"],
+        "ppo.max_tokens_per_score_micro_batch: expected 1 or more, found -1",
     ),
     "batch of none": (
-        "reward", ["--batch.global_batch_size=0"], "batch.global_batch_size: expected a positive multiple",
+        "reward", ["--batch.global_batch_size=0"],
+        "batch.global_batch_size: expected a positive multiple of the data-parallel size 1, found 0",
     ),
-    "mini-batch": ("ppo-lag", ["--ppo.mini_batch_size=6"], "ppo.mini_batch_size: expected a positive multiple of"),
+    "mini-batch": (
+        "ppo-lag", ["--ppo.mini_batch_size=-8"],
+        "ppo.mini_batch_size: expected a positive multiple of the data-parallel size 1, found -8",
+    ),
     "rollout batch": (
         "ppo-lag", ["--ppo.rollout_batch_size=12"],
         "ppo.rollout_batch_size: expected a positive multiple of mini_batch_size 8, found 12",

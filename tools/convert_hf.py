@@ -33,6 +33,7 @@ from megatron_safe.huggingface.importing import Import, short_name
 from megatron_safe.huggingface.layout import huggingface_tensors, stored_tensors
 from megatron_safe.huggingface.loading import HuggingFaceModel
 from megatron_safe.models.llama import check_model_fits, padded_vocab_size
+from megatron_safe.models.roles import VALUES
 from megatron_safe.models.rope import head_dim
 from megatron_safe.runtime import start
 from megatron_safe.training import checkpoint
@@ -153,6 +154,9 @@ def inspect(options: argparse.Namespace) -> None:
     _print_table({"checkpoint": str(found.path), "step": str(found.step), "roles": ", ".join(found.roles)})
     reader = Reader(found.path / "weights")
     for role, saved in found.roles.items():
+        if len(VALUES.get(role, ())) > 1:
+            _print_table({"role": role, "head": "two scores, the values of reward and cost: cannot be exported"})
+            continue
         description = describe_role(found.path, role, saved)
         dtypes = {reader.dtype(f"{role}.{stored.key}") for stored in stored_tensors(description)}
         _print_table({"role": role} | _facts(description, dtypes))

@@ -1,6 +1,7 @@
 """What a reader of the paper would write: the plain PyTorch that tools/profile_kernels.py measures `kernels/` against.
 
-Legend: N tokens, v vocabulary, B sequences, T actions, W the window of episode costs.
+Legend: N tokens, v vocabulary, B sequences, T actions, W the window of episode costs; C samples, G key/value heads,
+q query heads of each, D head size, K cells of a cache slot.
 """
 
 import math
@@ -31,6 +32,15 @@ def eager_sample(logits_Nv):
     log_p_Nv = logits_Nv.float().log_softmax(dim=-1)
     tokens_N = torch.multinomial(log_p_Nv.exp(), 1)
     return tokens_N[:, 0], log_p_Nv.gather(1, tokens_N)[:, 0]
+
+
+def eager_decode_attention(query_CGqD, keys_CGKD, values_CGKD, positions_C):
+    seen_CK = torch.arange(keys_CGKD.size(2), device=positions_C.device) <= positions_C[:, None]
+    context_CH1D = torch.nn.functional.scaled_dot_product_attention(
+        query_CGqD.flatten(1, 2)[:, :, None], keys_CGKD, values_CGKD, attn_mask=seen_CK[:, None, None],
+        enable_gqa=query_CGqD.size(2) > 1,
+    )  # fmt: skip
+    return context_CH1D.view_as(query_CGqD)
 
 
 def shape(log_probs_BT, ref_log_probs_BT, rewards_B, costs_B, mask_BT, kl_coeff, score_clip):

@@ -1,6 +1,7 @@
 """What tools/profile_kernels.py measures: each operation of `kernels/` on a model's shapes, and its rivals.
 
-Legend: N tokens, v = V/p this rank's vocabulary shard, h hidden size, B sequences, T actions.
+Legend: N tokens, v = V/p this rank's vocabulary shard, h hidden size, B sequences, T actions; C samples, G key/value
+heads, q query heads of each, D head size, K cells of a cache slot.
 """
 
 import importlib
@@ -10,7 +11,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from eager import eager_gae, eager_lagrange_step, eager_logprob, eager_loss, eager_sample, eager_value_loss
+from eager import (
+    eager_decode_attention,
+    eager_gae,
+    eager_lagrange_step,
+    eager_logprob,
+    eager_loss,
+    eager_sample,
+    eager_value_loss,
+)
 
 CLIP = 0.2
 SHAPING = dict(kl_coeff=0.02, score_clip=50.0, gamma=1.0, lam=0.95)
@@ -23,8 +32,11 @@ class Shape:
     vocabulary: int  # this rank's v
     hidden: int
     tokens: tuple[int, ...]
+    heads: tuple[int, int, int]  # this rank's G, q and D
     sequences: int = 512  # of a rollout batch: shaped_gae, value_loss, lagrangian, and rows of a decoding step
     actions: int = 2048
+    decoding: tuple[int, ...] = (1, 8, 64)  # C of decode_attention
+    cells: int = 4096
 
     def with_tokens(self, tokens: list[int]) -> "Shape":
         return replace(self, tokens=tuple(tokens))
@@ -33,11 +45,12 @@ class Shape:
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("llama-7b", 32_000, 4096, (4096, 16384, 65536)),
-        Shape("llama3-8b", 128_256, 4096, (4096, 16384, 65536)),
-        Shape("llama3-70b-tp8", 128_256 // 8, 8192, (4096, 16384, 65536)),
-        Shape("laptop", 32_000, 256, (4096,)),  # a hidden size that a CPU can be asked for
-        Shape("tiny", 1000, 64, (256,), 16, 128),
+        Shape("llama-7b", 32_000, 4096, (4096, 16384, 65536), (32, 1, 128)),
+        Shape("llama3-8b", 128_256, 4096, (4096, 16384, 65536), (8, 4, 128)),
+        Shape("llama3-70b-tp8", 128_256 // 8, 8192, (4096, 16384, 65536), (1, 8, 128)),
+        # A hidden size that a CPU can be asked for.
+        Shape("laptop", 32_000, 256, (4096,), (4, 1, 64), decoding=(32, 256), cells=256),
+        Shape("tiny", 1000, 64, (256,), (2, 2, 16), 16, 128, (3,), 40),
     )
 }
 
@@ -265,11 +278,37 @@ def sample_cases(name: str, shape: Shape, inputs: Inputs, rivals: set[str]) -> I
     logits = [inputs.normal(b, v, dtype=inputs.dtype) for _ in range(inputs.sets(size))]
     ids_B = torch.arange(b, device=inputs.device)
     position_B = torch.full_like(ids_B, 3)
-    key = module.NoiseKey(1, ids_B, 3)
+    key = module.NoiseKey(1, ids_B, position_B)
     functions = {"ours": lambda x: ours(x, module.philox_uniform(1, ids_B, position_B), noise_key=key)}
     functions |= eager(eager_sample, rivals) | compiled(eager_sample, rivals)
     contenders = {name: Contender(lambda i: logits[i % len(logits)], f) for name, f in functions.items()}
     yield Case(name, f"{shape.name} B={b} v={v}", size, 20 * b * v, contenders)
+
+
+def decode_attention_cases(name: str, shape: Shape, inputs: Inputs, rivals: set[str]) -> Iterator[Case]:
+    """A layer's step over slots that are full to a quarter, to the whole, and evenly between."""
+    ours, (g, q, d), k = operation(name), shape.heads, shape.cells
+    for c in shape.decoding:
+        positions_C = torch.linspace(k - 1, k // 4 if c > 1 else k - 1, c).long()
+        seen = int((positions_C + 1).sum())
+        positions_C = positions_C.to(inputs.device)
+        sets = [
+            (inputs.normal(c, g, q, d, dtype=inputs.dtype),
+             *(inputs.normal(c, g, k, d, dtype=inputs.dtype) for _ in range(2)), positions_C)
+            for _ in range(inputs.sets(2 * seen * g * d * inputs.dtype.itemsize))
+        ]  # fmt: skip
+        functions: dict[str, Callable] = {"ours": lambda x: ours(*x)}
+        plain = lambda x: eager_decode_attention(*x)  # noqa: E731
+        functions |= eager(plain, rivals) | compiled(plain, rivals)
+        if "flash-attn" in rivals:
+            flash = importlib.import_module("flash_attn").flash_attn_with_kvcache
+            functions["flash-attn"] = lambda x, flash=flash: flash(
+                x[0].flatten(1, 2)[:, None], x[1].transpose(1, 2), x[2].transpose(1, 2),
+                cache_seqlens=(x[3] + 1).int(),
+            )  # fmt: skip
+        contenders = {key: Contender(lambda i, sets=sets: sets[i % len(sets)], f) for key, f in functions.items()}
+        moved = 2 * (seen * g + c * g * q) * d * inputs.dtype.itemsize
+        yield Case(name, f"{shape.name} C={c} G={g} q={q} D={d} K={k}", moved, 4 * seen * g * q * d, contenders)
 
 
 OPERATIONS: dict[str, Callable[[str, Shape, Inputs, set[str]], Iterator[Case]]] = {
@@ -281,4 +320,5 @@ OPERATIONS: dict[str, Callable[[str, Shape, Inputs, set[str]], Iterator[Case]]] 
     "value_loss": value_loss_cases,
     "lagrangian": lagrangian_cases,
     "sample": sample_cases,
+    "decode_attention": decode_attention_cases,
 }

@@ -76,9 +76,8 @@ class Quickstart:
 
     def stage(self, stage: str, out: str, *overrides: str) -> Path:
         """Run a stage with the config in configs/ and these overrides; its run folder."""
-        tp, pp, dp = LAYOUTS[self.arguments.layout]
+        tp, pp, _ = LAYOUTS[self.arguments.layout]
         file = {"sft": "sft", "reward": "preference", "cost": "preference"}.get(stage, "ppo")
-        sizes = {"sft": ("batch", 48), "preference": ("batch", 16), "ppo": ("ppo", 48)}[file]
         folder = self.out / out
         self.say(f"{stage} -> {folder}")
         config = parse(
@@ -90,8 +89,6 @@ class Quickstart:
                 f"--run.resume={'auto' if self.arguments.resume else 'no'}",
                 f"--parallel.tensor_model_parallel_size={tp}",
                 f"--parallel.pipeline_model_parallel_size={pp}",
-                # With a pipeline, as many micro-batches as stages.
-                f"--{sizes[0]}.micro_batch_size={sizes[1] // (dp * pp)}",
                 f"--tokenizer.path={self.data / 'tokenizer'}",
                 *overrides,
             ],

@@ -1,13 +1,12 @@
 """The Lagrange multiplier λ of Safe RLHF: how much the cost weighs against the reward (Safe RLHF, appendix B).
 
-Legend: B episodes on this data-parallel rank.
+Legend: B episodes of a rollout batch, over all data-parallel ranks.
 """
 
 import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_safe.kernels.lagrangian import lagrange_state, lagrange_step
 
@@ -87,18 +86,17 @@ class LagrangeMultiplier:
         step: int,
         episode_costs_B: torch.Tensor,
         counted_B: torch.Tensor | None = None,
-        group: dist.ProcessGroup | None = None,
         move: bool = True,
     ) -> None:
         """Observe one rollout batch's episode costs; then, if `move` and step >= update_delay_steps, one step of ln λ.
 
-        episode_costs_B: [B] floating, on the device: the rows `rank::size` of the global batch, as many on every rank
-        of `group`, the data-parallel one (None: one rank). counted_B: [B] bool, the episodes that count (None: all); a
-        cost that is not finite never does, as it would poison λ for good. If more count than the window holds, only
-        the last of them are kept. Before the first counted episode λ stays.
+        episode_costs_B: [B] floating, on the device: of the whole global batch in its order, the same on every rank.
+        counted_B: [B] bool, the episodes that count (None: all); a cost that is not finite never does, as it would
+        poison λ for good. If more count than the window holds, only the last of them are kept. Before the first counted
+        episode λ stays.
         """
         lagrange_step(
-            self._state, episode_costs_B, counted_B, move and step >= self.update_delay_steps, **self._rule, group=group
+            self._state, episode_costs_B, counted_B, move and step >= self.update_delay_steps, **self._rule
         )
 
     def state_dict(self) -> dict[str, Any]:

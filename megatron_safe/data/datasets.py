@@ -45,6 +45,10 @@ class DemonstrationDataset:
         """One line: rows kept, left out and cut."""
         return self._counts.line()
 
+    def lengths(self, indices: Sequence[int]) -> list[int]:
+        """Tokens of the rows at `indices`."""
+        return [len(self._rows[i][0]) for i in indices]
+
     def batch(self, indices: Sequence[int], length: int | None = None, multiple: int = 1) -> TokenBatch:
         """The rows at `indices`, on the CPU; `length` and `multiple` as in `collate`."""
         return collate([self._rows[i] for i in indices], self._pad_id, length, multiple)
@@ -121,6 +125,10 @@ class ComparisonDataset:
     def report(self) -> str:
         """One line: rows kept, left out and cut."""
         return self._counts.line()
+
+    def lengths(self, indices: Sequence[int]) -> list[int]:
+        """Tokens of the pairs at `indices`, both rows together."""
+        return [sum(len(tokens) for tokens, _ in self._pairs[i]) for i in indices]
 
     def batch(self, indices: Sequence[int], length: int | None = None, multiple: int = 1) -> ComparisonBatch:
         """The pairs at `indices`, on the CPU; `length` and `multiple` as in `collate`."""

@@ -38,6 +38,36 @@ class ShuffledStream:
 
 def shard(indices: list[int], rank: int, world: int) -> list[int]:
     """The part of a global batch that data-parallel `rank` of `world` works on; UserError where it does not divide."""
-    if len(indices) % world:
-        raise UserError(f"batch size: expected a multiple of the data-parallel size {world}, found {len(indices)}")
+    _check_divides(len(indices), world)
     return indices[rank::world]
+
+
+def shard_by_length(indices: list[int], lengths: list[int], rank: int, world: int) -> list[int]:
+    """As `shard`, but with about the same number of tokens for each; lengths: of each index, in tokens."""
+    return [indices[place] for place in deal(lengths, world)[rank]]
+
+
+def deal(sizes: list[int], world: int) -> list[list[int]]:
+    """Places of `sizes`, the same number for each of `world` data-parallel ranks, with about equal sums.
+
+    In rounds of one for each, largest sizes first, the largest of a round to the rank that has least so far. So the
+    sums differ by no more than the sizes of some one round do. A pure function: all ranks agree without asking. The
+    places of a rank ascend.
+
+    UserError where it does not divide.
+    """
+    _check_divides(len(sizes), world)
+    largest_first = sorted(range(len(sizes)), key=lambda place: -sizes[place])
+    hands: list[list[int]] = [[] for _ in range(world)]
+    sums = [0] * world
+    for start in range(0, len(sizes), world):
+        least_first = sorted(range(world), key=lambda rank: sums[rank])
+        for rank, place in zip(least_first, largest_first[start : start + world], strict=True):
+            hands[rank].append(place)
+            sums[rank] += sizes[place]
+    return [sorted(hand) for hand in hands]
+
+
+def _check_divides(size: int, world: int) -> None:
+    if size % world:
+        raise UserError(f"batch size: expected a multiple of the data-parallel size {world}, found {size}")

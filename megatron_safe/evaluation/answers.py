@@ -19,12 +19,14 @@ from megatron_safe.data.records import Prompt
 from megatron_safe.data.sampler import shard
 from megatron_safe.data.tokenizer import Tokenizer
 from megatron_safe.errors import UserError
-from megatron_safe.models.heads import last_token_scores
+from megatron_safe.models.packing import Sequences
 from megatron_safe.models.pipeline import forward
 from megatron_safe.models.roles import Role
 from megatron_safe.rollout.generate import generate
 from megatron_safe.runtime import Runtime
 
+SCORE_TOKENS = 16384
+"""Of a scoring forward: enough to fill a GPU."""
 _LINE_SECONDS = 5.0
 
 
@@ -154,17 +156,11 @@ def score_answers(
     scores = {name: [math.nan] * len(answers) for name in roles}
     for start in _progress(range(0, len(rows), batch_size), "score", runtime):
         wanted = rows[start : start + batch_size]
-        # Every rank gets a multiple of the pipeline's size: one micro-batch a stage.
-        mine = shard(_filled(wanted, runtime.dp_size * runtime.pp_size), runtime.dp_rank, runtime.dp_size)
+        mine = shard(_filled(wanted, runtime.dp_size), runtime.dp_rank, runtime.dp_size)
         batch = collate(mine, tokenizer.pad_id).to(runtime.device)
-        inputs = {"tokens": batch.tokens_BL, "lengths": batch.lengths_B, "like": batch.lengths_B}
+        sequences = Sequences.to_last(batch.tokens_BL, batch.lengths_B)
         for name, role in roles.items():
-            scores_B = forward(
-                role,
-                inputs,
-                lambda scores_BS, part: last_token_scores(scores_BS, part["lengths"]),
-                len(batch) // runtime.pp_size,
-            )
+            scores_B = forward(role, sequences, SCORE_TOKENS, lambda scores_n, _: scores_n)
             gathered = runtime.gather_over_data_parallel(scores_B)[: len(wanted)].tolist()
             for row, score in zip(wanted, gathered, strict=True):
                 for i in places[row]:

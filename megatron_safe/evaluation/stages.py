@@ -174,7 +174,8 @@ def check_model(
     plan = resolve_model(model, role, tokenizer, runtime)
     if not plan.trained:
         raise UserError(f"{field} {plan.source.path}: expected a trained {role}, found {', '.join(plan.source.roles)}")
-    check_model_fits(plan.model, runtime.tp_size, runtime.pp_size, field)
+    chunks = runtime.parallel.virtual_pipeline_model_parallel_size
+    check_model_fits(plan.model, runtime.tp_size, runtime.pp_size, field, chunks)
     if longest > plan.model.max_sequence_length:
         raise UserError(
             f"{field} {plan.source.path}: expected room for the {longest} tokens of the longest row, "

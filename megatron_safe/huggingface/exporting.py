@@ -32,7 +32,7 @@ from megatron_safe.huggingface.origin import Origin
 from megatron_safe.huggingface.staging import check_unused, staged
 from megatron_safe.huggingface.tokenizer_files import TokenizerFiles
 from megatron_safe.models.llama import Head, architecture
-from megatron_safe.models.roles import HEADS
+from megatron_safe.models.roles import HEADS, VALUES
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # What makes a language model's config.json one of a scoring model.
@@ -90,6 +90,8 @@ def _as_it_came(origin: Origin, checkpoint: Path, role: str, saved: dict) -> Des
 
 
 def _model(checkpoint: Path, role: str, saved: dict) -> tuple[ModelConfig, int]:
+    if len(VALUES.get(role, ())) > 1:
+        raise UserError(f"{checkpoint}: {role} values reward and cost with two outputs, which no class can hold")
     try:
         return ModelConfig(**saved["model"]), int(saved["vocab_size"])
     except (KeyError, TypeError, ValueError) as error:

@@ -8,16 +8,25 @@ from typing import Literal
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_safe.config import ModelConfig
 from megatron_safe.errors import UserError
-from megatron_safe.models.attention import SDPACoreAttention
-from megatron_safe.models.rope import head_dim, rope_frequencies
+from megatron_safe.models.attention import Layer, Packed, PackedCoreAttention
+from megatron_safe.models.norm import RMSNorm
+from megatron_safe.models.packing import Pack
+from megatron_safe.models.rope import head_dim, rope_frequencies, rotation
 from megatron_safe.runtime import Runtime
 
 Head = Literal["language", "scalar"]
+_RECOMPUTE = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
 
 def padded_vocab_size(vocab_size: int, multiple: int) -> int:
@@ -25,11 +34,14 @@ def padded_vocab_size(vocab_size: int, multiple: int) -> int:
     return math.ceil(vocab_size / multiple) * multiple
 
 
-def check_model_fits(model: ModelConfig, tp_size: int, pp_size: int, section: str) -> None:
+def check_model_fits(model: ModelConfig, tp_size: int, pp_size: int, section: str, chunks: int = 1) -> None:
     """Raise UserError, naming the field, when the model cannot be split over the layout."""
     groups = model.num_query_groups or model.num_attention_heads
     wholes = {
-        "num_layers": (model.num_layers, pp_size, "pipeline_model_parallel_size"),
+        "num_layers": (
+            model.num_layers, pp_size * chunks,
+            "pipeline_model_parallel_size" + " x virtual_pipeline_model_parallel_size" * (chunks > 1),
+        ),
         "num_attention_heads": (model.num_attention_heads, tp_size, "tensor_model_parallel_size"),
         "num_query_groups": (groups, tp_size, "tensor_model_parallel_size"),
         "ffn_hidden_size": (model.ffn_hidden_size, tp_size, "tensor_model_parallel_size"),
@@ -65,12 +77,12 @@ def check_model_fits(model: ModelConfig, tp_size: int, pp_size: int, section: st
 
 
 class ScalarHead(torch.nn.Module):
-    """hidden -> (w h + b - mean) / std, replicated over tensor-parallel ranks; stands for GPTModel's output layer."""
+    """hidden -> (W h + b - mean) / std, replicated over tensor-parallel ranks; stands for GPTModel's output layer."""
 
-    def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device):
+    def __init__(self, model: ModelConfig, outputs: int, dtype: torch.dtype, device: torch.device):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.empty(1, model.hidden_size, dtype=dtype, device=device))
-        self.bias = torch.nn.Parameter(torch.empty(1, dtype=dtype, device=device)) if model.score_bias else None
+        self.weight = torch.nn.Parameter(torch.empty(outputs, model.hidden_size, dtype=dtype, device=device))
+        self.bias = torch.nn.Parameter(torch.empty(outputs, dtype=dtype, device=device)) if model.score_bias else None
         self.mean, self.std = model.score_mean, model.score_std
 
     def forward(self, hidden, weight=None, runtime_gather_output=None):
@@ -84,14 +96,22 @@ class Llama(GPTModel):
     What a language model makes of its hidden states is `models.heads`' business: training never holds their logits.
     """
 
-    def __init__(self, *args, model: ModelConfig, head: Head, true_vocab_size: int, **kwargs):
+    def __init__(self, *args, model: ModelConfig, head: Head, outputs: int, true_vocab_size: int, **kwargs):
         super().__init__(*args, **kwargs)
         self.head = head
         device = next(self.parameters()).device
         if head == "scalar" and self.post_process:
-            self.output_layer = ScalarHead(model, self.config.params_dtype, device)
+            self.output_layer = ScalarHead(model, outputs, self.config.params_dtype, device)
         self.true_vocab_size = true_vocab_size
         self.rotary_pos_emb.inv_freq = rope_frequencies(model).to(device)
+
+    @torch.no_grad()
+    def mute_outputs(self, first: int) -> None:
+        """Make the outputs of a scalar head 0 from `first` on, until they learn."""
+        if self.post_process:
+            self.output_layer.weight[first:] = 0.0
+            if self.output_layer.bias is not None:
+                self.output_layer.bias[first:] = self.output_layer.mean
 
     def output_weight(self) -> torch.Tensor:
         """[V/p, h] of the language head, tied to the embedding or not; on the last stage."""
@@ -99,39 +119,64 @@ class Llama(GPTModel):
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
-    def logits(self, hidden_Sbh: torch.Tensor) -> torch.Tensor:
-        """[S, b, V/p]; those of vocabulary rows that are only padding are the smallest finite number."""
-        logits_Sbv, _ = self.output_layer(hidden_Sbh, weight=self.output_weight())
-        shard = logits_Sbv.size(-1)
+    def logits(self, hidden_Nh: torch.Tensor) -> torch.Tensor:
+        """[N, V/p]; those of vocabulary rows that are only padding are the smallest finite number."""
+        logits_Nv, _ = self.output_layer(hidden_Nh, weight=self.output_weight())
+        shard = logits_Nv.size(-1)
         first = self.pg_collection.tp.rank() * shard
         if first + shard > self.true_vocab_size:
-            logits_Sbv[..., max(0, self.true_vocab_size - first) :] = torch.finfo(logits_Sbv.dtype).min
-        return logits_Sbv
+            logits_Nv[..., max(0, self.true_vocab_size - first) :] = torch.finfo(logits_Nv.dtype).min
+        return logits_Nv
 
-    def forward(self, input_ids, attention_mask=None):
-        """tokens [B, S] -> scores [B, S] on the last stage of a scalar head, otherwise hidden states [S, B, h]."""
-        output = super().forward(input_ids, None, attention_mask)
-        return output.squeeze(-1) if self.post_process and self.head == "scalar" else output
+    def forward(self, pack: Pack) -> torch.Tensor:
+        """What the pack reads, on the last stage: scores [N] of a scalar head ([N, outputs] if it has several), hidden
+        states [N, h] of a language model. On the others hidden states [T, 1, h] for the next one."""
+        cos_T1D, sin_T1D = rotation(
+            pack.positions_T, pack.longest, self.rotary_pos_emb.inv_freq, self.config.params_dtype
+        )
+        return super().forward(pack.tokens_1T, None, None, packed_seq_params=Packed(pack, cos_T1D, sin_T1D))
 
-    def _postprocess(self, hidden_states, *args, **kwargs):
+    def _preprocess(self, input_ids, *_, **__):
+        """GPTModel's own would make RoPE's angles for a batch of rows."""
+        hidden_T1h = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
+        return hidden_T1h, None, None, None, None, None
+
+    def _postprocess(self, hidden_states, *_, packed_seq_params: Packed, **__):
         """GPTModel's own would make the logits."""
-        return hidden_states if self.head == "language" else super()._postprocess(hidden_states, *args, **kwargs)
+        if not self.post_process:
+            return hidden_states
+        hidden_Nh = hidden_states.squeeze(1)
+        if self.config.sequence_parallel:
+            # The heads treat hidden states as replicated, gradients included; so each rank takes its tokens' part back.
+            hidden_Th = gather_from_sequence_parallel_region(
+                hidden_Nh, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+            hidden_Nh = hidden_Th.index_select(0, packed_seq_params.pack.read_N)
+        return self.output_layer(hidden_Nh)[0].squeeze(-1) if self.head == "scalar" else hidden_Nh
 
 
-def _layer_spec(qk_norm: bool) -> ModuleSpec:
-    """Transformer Engine's layers where it is installed beside a GPU, else Megatron-Core's own; our attention core
-    in both, because it is what reads the rollout's cache."""
+def _block_spec(config: TransformerConfig, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
+    """Transformer Engine's layers where it is installed beside a GPU, else Megatron-Core's own with our norms; our
+    layer and core attention in both, because packs are ours."""
     spec = None
     if torch.cuda.is_available():
         try:
             from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-            spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+            spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         except ImportError:
             pass
-    spec = spec or get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_norm)
-    spec.submodules.self_attention.submodules.core_attention = ModuleSpec(module=SDPACoreAttention)
-    return spec
+    fused = spec is not None
+    spec = spec or get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    spec.module = Layer
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    attention.core_attention = ModuleSpec(module=PackedCoreAttention)
+    if fused:
+        return spec
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules([spec] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm)
 
 
 def build(
@@ -142,8 +187,11 @@ def build(
     precision: str,
     seed: int,
     predictable: int | None = None,
+    outputs: int = 1,
+    chunk: int = 0,
 ) -> Llama:
-    """This rank's part of a Llama, the same function in every layout.
+    """This rank's part of a Llama (a chunk of it, where an interleaved pipeline gives it several), the same function in
+    every layout.
 
     Its weights are fresh, but for the trunk where `model.checkpoint` names what is going to fill it: drawing a 7B trunk
     six times over would cost minutes.
@@ -156,7 +204,11 @@ def build(
         precision: `fp32` or `bf16` (weights and compute).
         seed: of the fresh weights.
         predictable: token ids from this one on have a probability of 0 (default: from `vocab_size` on).
+        outputs: scores of a scalar head.
+        chunk: which one of this rank's.
     """
+    chunks = runtime.parallel.virtual_pipeline_model_parallel_size
+    vp_stage = chunk if chunks > 1 else None
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     keep = lambda weight: weight  # noqa: E731  weights are drawn by name below, once Megatron has marked the shards
     config = TransformerConfig(
@@ -181,6 +233,10 @@ def build(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
+        sequence_parallel=runtime.parallel.sequence_parallel,
+        **_RECOMPUTE[runtime.parallel.recompute],
+        context_parallel_size=runtime.cp_size,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         tensor_model_parallel_size=runtime.tp_size,
         pipeline_model_parallel_size=runtime.pp_size,
         params_dtype=dtype,
@@ -194,14 +250,16 @@ def build(
     )
     module = Llama(
         config=config,
-        transformer_layer_spec=_layer_spec(model.qk_norm),
+        transformer_layer_spec=_block_spec(config, vp_stage),
+        vp_stage=vp_stage,
         true_vocab_size=predictable or vocab_size,
         model=model,
         head=head,
+        outputs=outputs,
         vocab_size=padded_vocab_size(vocab_size, model.vocab_multiple),
         max_sequence_length=model.max_sequence_length,
-        pre_process=runtime.is_first_stage,
-        post_process=runtime.is_last_stage,
+        pre_process=runtime.is_first_stage and chunk == 0,
+        post_process=runtime.is_last_stage and chunk == chunks - 1,
         parallel_output=True,
         share_embeddings_and_output_weights=model.tie_embeddings and head == "language",
         position_embedding_type="rope",

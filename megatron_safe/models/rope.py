@@ -1,4 +1,7 @@
-"""RoPE's frequencies, stretched for longer sequences as published models do it (Su et al., 2021; Llama 3.1)."""
+"""Rotary position embeddings (Su et al., 2021), stretched for longer sequences as published models do it (Llama 3.1).
+
+Legend: T tokens, H heads, D head size.
+"""
 
 import math
 
@@ -29,3 +32,33 @@ def rope_frequencies(model: ModelConfig) -> torch.Tensor:
 
 def head_dim(model: ModelConfig) -> int:
     return model.head_dim or model.hidden_size // model.num_attention_heads
+
+
+def rotation(positions_T: torch.Tensor, longest: int, frequencies: torch.Tensor, dtype: torch.dtype):
+    """Cosines and sines [T, 1, D] of positions below `longest`, for `rotate`: the sines of a head's first half are
+    negative."""
+    steps = torch.arange(longest, dtype=torch.float32, device=positions_T.device)
+    angles = torch.outer(steps, frequencies)
+    cos, sin = angles.cos(), angles.sin()
+    cos_T1D, sin_T1D = torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
+    return cos_T1D.to(dtype)[positions_T][:, None], sin_T1D.to(dtype)[positions_T][:, None]
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation's transpose turns the other way, so backward needs nothing of x."""
+
+    @staticmethod
+    def forward(ctx, x_THD, cos_T1D, sin_T1D):
+        ctx.save_for_backward(cos_T1D, sin_T1D)
+        return (x_THD * cos_T1D).addcmul_(x_THD.roll(x_THD.size(-1) // 2, -1), sin_T1D)
+
+    @staticmethod
+    def backward(ctx, slope_THD):
+        cos_T1D, sin_T1D = ctx.saved_tensors
+        turned_THD = slope_THD.roll(slope_THD.size(-1) // 2, -1)
+        return (slope_THD * cos_T1D).addcmul_(turned_THD, sin_T1D, value=-1), None, None
+
+
+def rotate(x_THD: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> torch.Tensor:
+    """Queries or keys, turned by their positions."""
+    return _Rotate.apply(x_THD, cos_T1D, sin_T1D)

@@ -1,12 +1,12 @@
 """KV-cached generation inside the training process group, for any TP x PP x DP.
 
-With p pipeline stages the samples are split into p groups that rotate: while the last stage samples group 0, the one
-before it already works on group 1, so no stage waits. Tokens go back from the last stage to the first; everything a
-stage needs besides hidden states (positions, when to stop) it derives itself or reads from one flag that travels with
-the hidden states.
+Samples sit in slots; as soon as one has ended, the next of the queue takes its slot, and its prompt is computed in one
+forward with the others' newest tokens. With p pipeline stages there are p groups of slots that rotate: while the last
+stage samples group 0, the one before it already works on group 1, so no stage waits. Tokens go from the last stage to
+all others; from them every stage derives by itself who has ended, who comes next, and the shape of the hidden states.
 
-Legend: B samples on this data-parallel rank, b of them in a group, P longest prompt, N new tokens, L = P + N,
-T = L - 1, h hidden size, v this rank's vocabulary shard.
+Legend: B samples on this data-parallel rank, C of them in the slots of a group, P longest prompt, N most new tokens,
+L longest row, T = L - 1, R rows of a forward, h hidden size.
 """
 
 import dataclasses
@@ -20,7 +20,19 @@ from megatron_safe.config import RolloutConfig
 from megatron_safe.data.batches import TokenBatch
 from megatron_safe.kernels.sample import NoiseKey, philox_uniform, sample
 from megatron_safe.models.roles import Role
-from megatron_safe.rollout.cache import KVCache
+from megatron_safe.rollout.cache import SlotCache
+from megatron_safe.rollout.decoder import Decoder
+from megatron_safe.rollout.graphs import DecodeGraphs
+from megatron_safe.rollout.slots import Queue, Slots, Tick
+from megatron_safe.runtime import Runtime
+
+CPU_SLOTS = 128
+"""More are no faster on a CPU."""
+MEMORY_SHARE = 0.8
+"""Of a GPU's free memory, for the cache."""
+TICKS_A_ROUND = {"cpu": 1, "cuda": 8}
+"""Ticks from one look at who has ended to the next. A look makes the host wait for the device, and a GPU run dry;
+in between nobody is replaced."""
 
 
 @dataclass(frozen=True)
@@ -28,49 +40,18 @@ class Trajectories:
     """Prompts with the answers that a policy sampled.
 
     `batch` holds tokens [B, L] and lengths; `log_probs_BT` [B, T] fp32 the log-probability of each sampled token in the
-    column that predicts it, 0 elsewhere; `ended_B` whether the answer ended with EOS.
+    column that predicts it, 0 elsewhere; `ended_B` whether the answer ended with EOS; `importance_BT` [B, T] fp32 each
+    token's weight in the actor's loss, where `training.off_policy` corrects for the rollout's inaccuracy.
     """
 
     batch: TokenBatch
     log_probs_BT: torch.Tensor
     ended_B: torch.Tensor
+    importance_BT: torch.Tensor | None = None
 
     @property
     def mask_BT(self) -> torch.Tensor:
         return self.batch.response_mask_BT
-
-
-class _Group:
-    """The samples that move through the stages together."""
-
-    def __init__(
-        self,
-        role: Role,
-        prompts: TokenBatch,
-        seed: int,
-        sample_ids_b: torch.Tensor,
-        uniforms_bN: torch.Tensor,
-        pad_id: int,
-    ):
-        module, device = role.module, role.runtime.device
-        self.prompt_tokens_bP = prompts.tokens_BL
-        self.prompt_lengths_b = prompts.prompt_lengths_B
-        self.longest_prompt = self.prompt_tokens_bP.size(1)
-        self.seed, self.sample_ids_b, self.uniforms_bN = seed, sample_ids_b, uniforms_bN
-        max_new_tokens = uniforms_bN.size(1)
-        size = self.prompt_tokens_bP.size(0)
-        first_layer = module.decoder.layers[0].layer_number
-        self.cache = KVCache(
-            module.config,
-            range(first_layer, first_layer + len(module.decoder.layers)),
-            size,
-            self.longest_prompt + max_new_tokens,
-            device,
-        )
-        self.ended_b = torch.zeros(size, dtype=torch.bool, device=device)
-        self.new_tokens_bN = torch.full((size, max_new_tokens), pad_id, dtype=torch.long, device=device)
-        self.log_probs_bN = torch.zeros((size, max_new_tokens), dtype=torch.float32, device=device)
-        self.stopped = False
 
 
 class _Wires:
@@ -78,48 +59,114 @@ class _Wires:
 
     def __init__(self, role: Role):
         self.runtime = role.runtime
-        self.config = role.module.config
         self._pending: list[tuple[dist.Work, torch.Tensor]] = []
         if self.runtime.pp_size > 1:
             self._stages = parallel_state.get_pipeline_model_parallel_group()
             # First and last stage also share the embedding group. Tokens return through it because nccl orders the
-            # messages of one group: behind the hidden states they would deadlock.
-            if self.runtime.is_first_stage or self.runtime.is_last_stage:
-                self._ends = parallel_state.get_embedding_group()
+            # messages of one group: behind the hidden states they would deadlock. Stages between them have none.
+            self._ends = parallel_state.get_embedding_group(check_initialized=False)
 
     def _send(self, tensor: torch.Tensor, rank: int, group) -> None:
         self._pending = [(work, kept) for work, kept in self._pending if not work.is_completed()]
         self._pending.append((dist.isend(tensor, rank, group=group), tensor))
 
-    def send_hidden(self, hidden_Sbh: torch.Tensor | None, length: int, size: int) -> None:
-        """To the next stage; None tells it that this group has stopped."""
-        message = torch.zeros(length * size * self.config.hidden_size + 1, dtype=self.config.params_dtype,
-                              device=self.runtime.device)  # fmt: skip
-        if hidden_Sbh is None:
-            message[-1] = 1
+    def to_next(self, tensor: torch.Tensor) -> None:
+        self._send(tensor, parallel_state.get_pipeline_model_parallel_next_rank(), self._stages)
+
+    def from_previous(self, buffer: torch.Tensor) -> torch.Tensor:
+        dist.recv(buffer, parallel_state.get_pipeline_model_parallel_prev_rank(), group=self._stages)
+        return buffer
+
+    def to_first(self, tensor: torch.Tensor) -> None:
+        """From the last stage: tokens, or hidden states for the first one's next chunk."""
+        self._send(tensor, parallel_state.get_pipeline_model_parallel_first_rank(), self._ends)
+
+    def receive_hidden(self, buffer_Rh: torch.Tensor) -> torch.Tensor:
+        """What the stage before has sent on; before the first one's later chunks comes the last stage."""
+        if not self.runtime.is_first_stage:
+            return self.from_previous(buffer_Rh)
+        dist.recv(buffer_Rh, parallel_state.get_pipeline_model_parallel_last_rank(), group=self._ends)
+        return buffer_Rh
+
+    def receive_tokens(self, buffer_C: torch.Tensor) -> torch.Tensor:
+        """On all stages but the last: the first passes on what it hears from the last, and so on."""
+        if self.runtime.is_first_stage:
+            dist.recv(buffer_C, parallel_state.get_pipeline_model_parallel_last_rank(), group=self._ends)
         else:
-            message[:-1] = hidden_Sbh.flatten()
-        self._send(message, parallel_state.get_pipeline_model_parallel_next_rank(), self._stages)
-
-    def receive_hidden(self, length: int, size: int) -> torch.Tensor | None:
-        message = torch.empty(length * size * self.config.hidden_size + 1, dtype=self.config.params_dtype,
-                              device=self.runtime.device)  # fmt: skip
-        dist.recv(message, parallel_state.get_pipeline_model_parallel_prev_rank(), group=self._stages)
-        return None if bool(message[-1]) else message[:-1].view(length, size, self.config.hidden_size)
-
-    def send_tokens(self, tokens_b: torch.Tensor) -> None:
-        self._send(tokens_b, parallel_state.get_pipeline_model_parallel_first_rank(), self._ends)
-
-    def receive_tokens(self, tokens_b: torch.Tensor) -> torch.Tensor:
-        dist.recv(tokens_b, parallel_state.get_pipeline_model_parallel_last_rank(), group=self._ends)
-        return tokens_b
+            self.from_previous(buffer_C)
+        if self.runtime.pp_rank + 2 < self.runtime.pp_size:
+            self.to_next(buffer_C)
+        return buffer_C
 
     def drain(self) -> None:
         for work, _ in self._pending:
             work.wait()
 
 
-@torch.no_grad()
+class _Part:
+    """A chunk of this stage's layers, and what they keep of a group."""
+
+    def __init__(self, decoder: Decoder, cache: SlotCache, slots: int):
+        self._decoder, self.cache = decoder, cache
+        self._graphs = DecodeGraphs(decoder, cache, slots) if decoder.device.type == "cuda" else None
+
+    def run(self, given: torch.Tensor, tick: Tick) -> torch.Tensor:
+        if self._graphs is not None and not tick.prompts:
+            return self._graphs.run(given, tick)
+        return self._decoder.stage(given, tick, self.cache)
+
+
+class _Group:
+    """The samples that move through the stages together."""
+
+    def __init__(self, queue: Queue, parts: list[_Part], size: int, eos_id: int):
+        def copy(source: int, target: int, positions: int) -> None:
+            for part in parts:
+                part.cache.copy(source, target, positions)
+
+        self.slots, self.parts = Slots(size, queue, eos_id, copy), parts
+        self.most_positions = parts[0].cache.most_positions
+        self.tick: Tick | None = None  # the last one
+        self.ticks_left = 0  # of this round
+        self.sampled: list[torch.Tensor] = []  # tokens [C] of each tick of this round
+
+
+class _Answers:
+    """What the last stage has sampled, a place in [B, N] for each token."""
+
+    def __init__(self, role: Role, config: RolloutConfig, seed: int, sample_ids_B: torch.Tensor, pad_id: int):
+        self._config, self._tp = config, role.module.pg_collection.tp
+        self._seed, self._sample_ids_B = seed, sample_ids_B
+        draws_N = torch.arange(config.max_new_tokens, device=sample_ids_B.device)
+        uniforms_BN = philox_uniform(seed, sample_ids_B[:, None], draws_N)
+        self._uniforms = uniforms_BN.flatten()
+        # One place more, for what is sampled after an end.
+        self._shape, self.nowhere = uniforms_BN.shape, uniforms_BN.numel()
+        self._new_tokens = torch.full((self.nowhere + 1,), pad_id, device=sample_ids_B.device)
+        self._log_probs = torch.zeros(self.nowhere + 1, device=sample_ids_B.device)
+
+    def sample(self, logits_Cv: torch.Tensor, places_C: torch.Tensor) -> torch.Tensor:
+        config = self._config
+        draws_C = places_C.clamp(max=self.nowhere - 1)
+        key = NoiseKey(
+            self._seed, self._sample_ids_B[draws_C // config.max_new_tokens], draws_C % config.max_new_tokens
+        )
+        tokens_C, log_probs_C = sample(
+            logits_Cv, self._uniforms[draws_C], config.temperature, config.top_k, config.top_p, self._tp, key
+        )
+        self._new_tokens[places_C] = tokens_C
+        self._log_probs[places_C] = log_probs_C
+        return tokens_C
+
+    @property
+    def new_tokens_BN(self) -> torch.Tensor:
+        return self._new_tokens[:-1].view(self._shape)
+
+    @property
+    def log_probs_BN(self) -> torch.Tensor:
+        return self._log_probs[:-1].view(self._shape)
+
+
 def generate(
     role: Role,
     prompts: TokenBatch,
@@ -128,111 +175,143 @@ def generate(
     seed: int,
     eos_id: int,
     pad_id: int,
+    max_new_tokens_B: torch.Tensor | None = None,
 ) -> Trajectories:
-    """Sample one answer to each prompt.
+    """Sample one answer to each prompt. Context-parallel ranks, which have the same prompts, share them.
 
     Args:
         role: a language role.
-        prompts: [B, P] right-padded, the same on every tensor- and pipeline-parallel rank of this replica.
+        prompts: [B, P] right-padded, the same on every tensor-, pipeline- and context-parallel rank of this replica.
+            Equal prompts next to each other are computed once.
         sample_ids_B: [B] int64, unique over the run: with `seed` and the position they key the randomness, so the
             same sample gets the same answer whatever the layout and whoever shares its batch.
-        config: lengths and sampling.
+        config: lengths, sampling and slots.
         eos_id, pad_id: token ids.
+        max_new_tokens_B: [B] int64, 1 to `config.max_new_tokens`: the longest answer of each sample, EOS included
+            (default: `config.max_new_tokens` for all). An answer cut there has not ended.
 
     Returns:
         Trajectories on every rank of the replica, trimmed to the longest answer.
     """
-    runtime, module = role.runtime, role.module
-    uniforms_BN = philox_uniform(
-        seed, sample_ids_B[:, None], torch.arange(config.max_new_tokens, device=runtime.device)[None, :]
+    runtime = role.runtime
+    if max_new_tokens_B is None:
+        max_new_tokens_B = torch.full_like(prompts.lengths_B, config.max_new_tokens)
+    mine = _share(len(prompts), runtime)
+    answers = _Answers(role, config, seed, sample_ids_B[mine], pad_id)
+    if len(answers.new_tokens_BN):
+        queue = Queue(prompts.select(mine), config.max_new_tokens, max_new_tokens_B[mine])
+        # What outlives this was made outside of it: autograd takes no tensors of inference mode.
+        with torch.inference_mode():
+            _decode(role, queue, config, answers, eos_id)
+    new_tokens_BN, log_probs_BN = (
+        runtime.broadcast_from_last_stage(_together(part, mine, len(prompts), runtime))
+        for part in (answers.new_tokens_BN, answers.log_probs_BN)
     )
-    size = prompts.tokens_BL.size(0)
-    parts = torch.arange(size, device=runtime.device).tensor_split(min(size, runtime.pp_size))
+    return _assemble(prompts, new_tokens_BN, log_probs_BN, max_new_tokens_B, eos_id, pad_id)
+
+
+def _share(samples: int, runtime: Runtime) -> slice:
+    """This context-parallel rank's samples; neighbours, which may share a prompt, stay together."""
+    bounds = [samples * rank // runtime.cp_size for rank in (runtime.cp_rank, runtime.cp_rank + 1)]
+    return slice(*bounds)
+
+
+def _together(part: torch.Tensor, mine: slice, samples: int, runtime: Runtime) -> torch.Tensor:
+    """[B, N] of all context-parallel ranks' parts."""
+    if runtime.cp_size == 1:
+        return part
+    whole_BN = part.new_zeros(samples, part.size(1))
+    whole_BN[mine] = part
+    return runtime.sum_over_context_parallel(whole_BN)
+
+
+def _decode(role: Role, queue: Queue, config: RolloutConfig, answers: _Answers, eos_id: int) -> None:
+    runtime = role.runtime
+    positions = max(queue.lengths) + config.max_new_tokens - 1  # the last token is never read
+    decoders = [Decoder(chunk, positions) for chunk in role.chunks]
+    size = -(-_slots(role, config, len(queue.lengths), positions) // runtime.pp_size)
+
+    def part(decoder: Decoder) -> _Part:
+        cache = SlotCache(role.module.config, decoder.num_layers, size, positions, runtime.device)
+        return _Part(decoder, cache, size)
+
     groups = [
-        _Group(role, prompts.select(rows), seed, sample_ids_B[rows], uniforms_BN[rows], pad_id) for rows in parts
+        _Group(queue, [part(decoder) for decoder in decoders], size, eos_id) for _ in range(runtime.pp_size)
     ]
-    rope = module.rotary_pos_emb(prompts.tokens_BL.size(1) + config.max_new_tokens)
     wires = _Wires(role)
-    for step in range(config.max_new_tokens):
-        for group in groups:
-            if not group.stopped:
-                _advance(role, group, step, rope, wires, config, eos_id, pad_id)
-        if all(group.stopped for group in groups):
-            break
+    while groups:
+        # An interleaved pipeline's hidden states go through all stages once for each chunk.
+        for chunk in range(len(decoders)):
+            for group in groups:
+                _advance(role, group, chunk, wires, answers, eos_id)
+        groups = [group for group in groups if group.slots]
     wires.drain()
 
-    new_tokens_BN = runtime.broadcast_from_last_stage(torch.cat([group.new_tokens_bN for group in groups]))
-    log_probs_BN = runtime.broadcast_from_last_stage(torch.cat([group.log_probs_bN for group in groups]))
-    return _assemble(prompts, new_tokens_BN, log_probs_BN, eos_id, pad_id)
+
+def _slots(role: Role, config: RolloutConfig, samples: int, positions: int) -> int:
+    """How many samples are decoded at once on this replica, the same on each of its ranks."""
+    if config.slots:
+        return min(config.slots, samples)
+    if role.runtime.device.type == "cpu":
+        return min(CPU_SLOTS, samples)
+    free, _ = torch.cuda.mem_get_info()
+    reserved = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    layers = sum(len(chunk.decoder.layers) for chunk in role.chunks)
+    fit = (free + reserved) * MEMORY_SHARE / SlotCache.bytes_per_slot(role.module.config, layers, positions)
+    fit = torch.tensor(min(int(fit), samples), device=role.runtime.device)
+    dist.all_reduce(fit, dist.ReduceOp.MIN, group=parallel_state.get_model_parallel_group())
+    return max(1, int(fit))
 
 
-def _advance(
-    role: Role, group: _Group, step: int, rope, wires: _Wires, config: RolloutConfig, eos_id: int, pad_id: int
-) -> None:
-    """This stage's share of decoding token `step` of a group; step 0 is the prefill."""
-    runtime, module = role.runtime, role.module
-    size = group.prompt_tokens_bP.size(0)
-    length = group.longest_prompt if step == 0 else 1
-
-    hidden = None
-    if runtime.is_first_stage:
-        tokens = group.prompt_tokens_bP
-        if step > 0:
-            tokens = group.new_tokens_bN[:, step - 1]
-            if not runtime.is_last_stage:
-                tokens = wires.receive_tokens(torch.empty_like(tokens))
-                group.ended_b |= tokens == eos_id
-            tokens = tokens[:, None]
-        group.stopped = bool(group.ended_b.all())
-        if not group.stopped:
-            hidden = module.embedding(input_ids=tokens, position_ids=None)
+def _advance(role: Role, group: _Group, chunk: int, wires: _Wires, answers: _Answers, eos_id: int) -> None:
+    """One chunk of this stage's share of one tick of a group."""
+    runtime = role.runtime
+    if chunk == 0:
+        _next_tick(runtime, group, wires, answers, eos_id)
+    if not group.slots:
+        return
+    tick = group.tick
+    if runtime.is_first_stage and chunk == 0:
+        given = tick.tokens_R
     else:
-        hidden = wires.receive_hidden(length, size)
-        group.stopped = hidden is None
-
-    if not group.stopped:
-        if not runtime.is_first_stage:
-            module.decoder.set_input_tensor(hidden)
-        if step == 0:
-            positions_emb = rope[:length]
-        else:
-            positions_b = group.prompt_lengths_b + (step - 1)
-            group.cache.start_step(positions_b, group.longest_prompt + step - 1)
-            positions_emb = rope[positions_b].permute(1, 0, 2, 3)  # [1, b, 1, D]
-        hidden = module.decoder(hidden_states=hidden, attention_mask=group.cache, rotary_pos_emb=positions_emb)
-
+        config = role.module.config
+        shape = tick.tokens_R.size(0), config.hidden_size
+        given = wires.receive_hidden(torch.empty(shape, dtype=config.params_dtype, device=runtime.device))
+    result = group.parts[chunk].run(given, tick)
     if not runtime.is_last_stage:
-        wires.send_hidden(None if group.stopped else hidden, length, size)
-    elif not group.stopped:
-        if step == 0:
-            hidden = hidden[group.prompt_lengths_b - 1, torch.arange(size, device=runtime.device)][None]
-        tokens_b = _sample(role, group, hidden, step, config, eos_id, pad_id)
-        if not runtime.is_first_stage and step + 1 < config.max_new_tokens:
-            wires.send_tokens(tokens_b)
+        wires.to_next(result)
+    elif chunk + 1 < len(group.parts):
+        wires.to_first(result)
+    else:
+        group.sampled.append(answers.sample(result, tick.places_C))
+        if not runtime.is_first_stage:
+            wires.to_first(group.sampled[-1])
 
 
-def _sample(role: Role, group: _Group, hidden_1bh, step: int, config: RolloutConfig, eos_id: int, pad_id: int):
-    tokens_b, log_probs_b = sample(
-        role.module.logits(hidden_1bh)[0],
-        group.uniforms_bN[:, step],
-        config.temperature,
-        config.top_k,
-        config.top_p,
-        parallel_state.get_tensor_model_parallel_group(),
-        NoiseKey(group.seed, group.sample_ids_b, step),
-    )
-    tokens_b = tokens_b.masked_fill(group.ended_b, pad_id)
-    group.new_tokens_bN[:, step] = tokens_b
-    group.log_probs_bN[:, step] = log_probs_b.masked_fill(group.ended_b, 0.0)
-    group.ended_b |= tokens_b == eos_id
-    return tokens_b
+def _next_tick(runtime: Runtime, group: _Group, wires: _Wires, answers: _Answers, eos_id: int) -> None:
+    """What the group does next, after what was sampled in its last tick; it is left without slots where nothing is."""
+    if group.tick is not None and not runtime.is_last_stage:
+        group.sampled.append(wires.receive_tokens(torch.empty_like(group.tick.places_C)))
+    if group.ticks_left:
+        group.tick = group.tick.next(group.sampled[-1], eos_id, answers.nowhere, group.most_positions)
+    else:
+        if group.sampled:
+            group.slots.learn(torch.stack(group.sampled))
+            group.sampled = []
+        group.slots.admit()
+        if not group.slots:
+            return
+        group.tick = group.slots.tick(runtime.device)
+        group.ticks_left = min(TICKS_A_ROUND[runtime.device.type], group.slots.most_left())
+    group.ticks_left -= 1
 
 
-def _assemble(prompts: TokenBatch, new_tokens_BN, log_probs_BN, eos_id: int, pad_id: int) -> Trajectories:
+def _assemble(prompts: TokenBatch, new_tokens_BN, log_probs_BN, limits_B, eos_id: int, pad_id: int) -> Trajectories:
     is_eos_BN = new_tokens_BN == eos_id
-    ended_B = is_eos_BN.any(dim=1)
     # EOS belongs to the answer: the value of ending is learnt there.
-    counts_B = torch.where(ended_B, is_eos_BN.int().argmax(dim=1) + 1, new_tokens_BN.size(1))
+    ends_B = torch.where(is_eos_BN.any(dim=1), is_eos_BN.int().argmax(dim=1) + 1, new_tokens_BN.size(1) + 1)
+    ended_B = ends_B <= limits_B  # past the limit stands padding, which may be EOS itself
+    counts_B = torch.minimum(ends_B, limits_B)
     lengths_B = prompts.prompt_lengths_B + counts_B
     size, longest = new_tokens_BN.size(0), int(lengths_B.max())
     tokens_BL = torch.full((size, longest), pad_id, dtype=torch.long, device=new_tokens_BN.device)

@@ -20,7 +20,8 @@ from megatron_safe.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """Where this process stands: its device and its coordinates in the layout TP x PP x DP."""
+    """Where this process stands: its device, its coordinates in the layout TP x PP x CP x DP, and the settings of
+    that. The context-parallel ranks of a replica have the same rows."""
 
     device: torch.device
     rank: int
@@ -31,6 +32,9 @@ class Runtime:
     pp_size: int
     dp_rank: int
     dp_size: int
+    cp_rank: int = 0
+    cp_size: int = 1
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
 
     @property
     def is_main(self) -> bool:
@@ -60,6 +64,13 @@ class Runtime:
         packed = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
         dist.all_reduce(packed, group=group)
         return dict(zip(values, packed.tolist(), strict=True))
+
+    def sum_over_context_parallel(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum of the context-parallel ranks' tensors, on each of them."""
+        if self.cp_size > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor, group=_parallel_state().get_context_parallel_group())
+        return tensor
 
     def gather_over_data_parallel(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows of every data-parallel rank, in the order of the global batch.
@@ -97,11 +108,19 @@ def _parallel_state():
 def check_layout(parallel: ParallelConfig, world_size: int) -> None:
     """Raise UserError when the layout does not fit the number of processes."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if min(tp, pp) < 1 or world_size % (tp * pp):
+    cp = parallel.context_parallel_size
+    if min(tp, pp, cp) < 1 or world_size % (tp * pp * cp):
+        context = f" x context_parallel_size {cp}" if cp != 1 else ""
         raise UserError(
-            f"parallel: tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp} = {tp * pp} "
+            f"parallel: tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp}{context} = {tp * pp * cp} "
             f"does not divide the world of {world_size} process(es)"
         )
+    if parallel.virtual_pipeline_model_parallel_size > 1 and pp == 1:
+        raise UserError(
+            "parallel.virtual_pipeline_model_parallel_size: expected a pipeline_model_parallel_size above 1, found 1"
+        )
+    if parallel.sequence_parallel and tp == 1:
+        raise UserError("parallel.sequence_parallel: expected a tensor_model_parallel_size above 1, found 1")
 
 
 @contextmanager
@@ -141,9 +160,12 @@ def start(parallel: ParallelConfig, seed: int):
 
     from megatron.core import parallel_state, tensor_parallel
 
+    chunks = parallel.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        context_parallel_size=parallel.context_parallel_size,
         distributed_timeout_minutes=max(1, int(parallel.timeout_seconds / 60)),
     )
     random.seed(seed)
@@ -161,6 +183,9 @@ def start(parallel: ParallelConfig, seed: int):
             pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
             dp_rank=parallel_state.get_data_parallel_rank(),
             dp_size=parallel_state.get_data_parallel_world_size(),
+            cp_rank=parallel_state.get_context_parallel_rank(),
+            cp_size=parallel_state.get_context_parallel_world_size(),
+            parallel=parallel,
         )
     finally:
         parallel_state.destroy_model_parallel()

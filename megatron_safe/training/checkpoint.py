@@ -41,6 +41,7 @@ _SOURCES = {
     "cost_model": ("cost_model", "score", "actor"),
     "reward_critic": ("reward_critic", "reward_model", "score"),
     "cost_critic": ("cost_critic", "cost_model", "score"),
+    "critic": ("critic", "reward_model", "score"),
 }
 
 
@@ -174,13 +175,15 @@ def has_checkpoints(run: Path) -> bool:
 def load_weights(role: Role, checkpoint: Checkpoint) -> None:
     """Start a role from a checkpoint: all of its weights, or the trunk below a fresh scalar head."""
     source = source_for(role.name, checkpoint.roles, checkpoint.path)
-    wanted = role.module.sharded_state_dict(prefix=f"{source}.")
+    wanted = _weights(role, source)
     trunk_only = role.module.head == "scalar" and source == "actor"
     if trunk_only:
-        wanted = {key: value for key, value in wanted.items() if not key.startswith(f"{source}.output_layer.")}
+        for chunk in wanted.values():
+            for key in [key for key in chunk if key.startswith(f"{source}.output_layer.")]:
+                del chunk[key]
     # Under a key of its own: the checkpoint's unsharded content (optimizer settings) is returned beside it.
     loaded = _load({"wanted": wanted}, checkpoint)["wanted"]
-    role.module.load_state_dict(_without_prefix(loaded, source), strict=not trunk_only)
+    _load_weights(role, loaded, source, strict=not trunk_only)
     role.reload_master_weights()
 
 
@@ -189,7 +192,7 @@ def load_training(roles: list[Role], checkpoint: Checkpoint) -> None:
     loaded = _load(_sharded(roles, loading=True), checkpoint)
     for role in roles:
         part = loaded[role.name]
-        role.module.load_state_dict(_without_prefix(part["model"], role.name))
+        _load_weights(role, part["model"], role.name)
         if role.optimizer is not None:
             role.load_optimizer(part["optimizer"], part["schedule"])
 
@@ -210,7 +213,7 @@ def _load(sharded: dict, checkpoint: Checkpoint) -> dict:
 def _sharded(roles: list[Role], loading: bool) -> dict:
     parts = {}
     for role in roles:
-        model = role.module.sharded_state_dict(prefix=f"{role.name}.")
+        model = _weights(role, role.name)
         parts[role.name] = {"model": model}
         if role.optimizer is not None:
             parts[role.name]["optimizer"] = role.optimizer.sharded_state_dict(
@@ -220,8 +223,15 @@ def _sharded(roles: list[Role], loading: bool) -> dict:
     return parts
 
 
-def _without_prefix(weights: dict, name: str) -> dict:
-    return {key.removeprefix(f"{name}."): value for key, value in weights.items()}
+def _weights(role: Role, name: str) -> dict[str, dict]:
+    """What is to be saved or loaded under `name`, by chunk: each counts its layers from 0, their keys all of them."""
+    return {str(i): chunk.sharded_state_dict(prefix=f"{name}.") for i, chunk in enumerate(role.chunks)}
+
+
+def _load_weights(role: Role, loaded: dict[str, dict], name: str, strict: bool = True) -> None:
+    for i, chunk in enumerate(role.chunks):
+        weights = {key.removeprefix(f"{name}."): value for key, value in loaded[str(i)].items()}
+        chunk.load_state_dict(weights, strict=strict)
 
 
 def _published(run: Path) -> list[Path]:

@@ -8,23 +8,24 @@ learning from the shaped reward (r - ν c) / (1 + ν)).
 from typing import Literal
 
 import torch
-from megatron.core import parallel_state
 
 from megatron_safe.algorithms.lagrange import LagrangeMultiplier
-from megatron_safe.config import LagrangeConfig, PpoConfig
+from megatron_safe.config import LagrangeConfig, PpoConfig, PpoTrainingConfig
 from megatron_safe.data.datasets import DemonstrationDataset, PromptDataset
-from megatron_safe.data.sampler import ShuffledStream, shard
+from megatron_safe.data.sampler import ShuffledStream, shard, shard_by_length
 from megatron_safe.data.sources import read_demonstrations, read_prompts
 from megatron_safe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_safe.errors import UserError
 from megatron_safe.kernels.shaped_gae import mixed_moments
 from megatron_safe.models.roles import Role
+from megatron_safe.rollout.balance import balance, in_global_order
 from megatron_safe.rollout.generate import generate
 from megatron_safe.runtime import Runtime
 from megatron_safe.training import checkpoint
-from megatron_safe.training.experience import Experience, score
+from megatron_safe.training.experience import Experience, Scores, critics_of, estimate, score
 from megatron_safe.training.metrics import PhaseTimer, peak_memory_gib
-from megatron_safe.training.ppo_steps import Mix, actor_step, critic_step
+from megatron_safe.training.off_policy import verify
+from megatron_safe.training.ppo_steps import Mix, actor_step, critic_step, critic_step_with_values
 from megatron_safe.training.prompts import PromptStream
 from megatron_safe.training.run import Run, check_batch
 from megatron_safe.training.setup import build_role, resolve_role
@@ -47,7 +48,7 @@ def run(config: PpoConfig, runtime: Runtime, algorithm: Algorithm) -> None:
 
     with Run(config, algorithm, ppo.steps, runtime) as folder:
         roles = make_roles(config, algorithm, tokenizer, runtime, folder)
-        learners = [role for role in roles.values() if role.optimizer is not None]
+        learners = [roles["actor"], *critics_of(roles)]
         if folder.resume:
             checkpoint.load_training(learners, folder.resume)
             multiplier.load_state_dict(folder.resume.state["lagrange"])
@@ -65,20 +66,30 @@ def run(config: PpoConfig, runtime: Runtime, algorithm: Algorithm) -> None:
                 )  # fmt: skip
                 phase.tokens = int(trajectories.mask_BT.sum())
             with timer.phase("score") as phase:
-                experience = score(roles, trajectories, ppo, config.rollout.temperature)
+                trajectories, red_team_B, rows_N = balance(
+                    trajectories, batch.red_team_B, ppo.mini_batch_size, tokenizer.pad_id, runtime
+                )
+                difference = {}
+                if config.rollout.verify_logprobs or ppo.importance_cap is not None:
+                    trajectories, difference = verify(
+                        roles["actor"], trajectories, ppo.max_tokens_per_score_micro_batch, config.rollout.temperature,
+                        ppo.importance_cap,
+                    )  # fmt: skip
+                scores = score(roles, trajectories, ppo, config.rollout.temperature)
                 phase.tokens = int(trajectories.batch.lengths_B.sum())
             with timer.phase("train") as phase:
-                counted = batch.red_team_B if config.lagrange.prompts == "red-team" else None
-                dp_group = parallel_state.get_data_parallel_group()
-                multiplier.step(step, experience.costs_B, counted, dp_group, move=algorithm == "ppo-lag")
+                costs_N, counted_N = in_global_order(scores.costs_B, rows_N, runtime), None
+                if config.lagrange.prompts == "red-team":
+                    counted_N = in_global_order(red_team_B, rows_N, runtime)
+                multiplier.step(step, costs_N, counted_N, move=algorithm == "ppo-lag")
                 lam = multiplier.value
                 if algorithm != "ppo-lag":
                     lam = torch.full_like(lam, 0.0 if algorithm == "ppo" else ppo.shaping_coeff)
-                mix = make_mix(experience, lam, ppo.whiten_advantages, runtime)
-                values = learn(config, roles, experience, mix, demonstrations, step, runtime)
+                experience, values = train(config, roles, scores, lam, demonstrations, step, runtime)
                 phase.tokens = ppo.epochs * int(trajectories.batch.lengths_B.sum())
 
-            values |= rollout_statistics(experience, batch.red_team_B, runtime)
+            values |= difference
+            values |= rollout_statistics(experience, red_team_B, runtime)
             values |= {"lambda": float(lam), "threshold": config.lagrange.threshold}
             values |= {"j_c": float(multiplier.mean_episode_cost)}
             values |= timer.report() | {"peak_memory_gib": peak_memory_gib()}
@@ -89,7 +100,7 @@ def run(config: PpoConfig, runtime: Runtime, algorithm: Algorithm) -> None:
 def check(config: PpoConfig, runtime: Runtime, algorithm: Algorithm) -> None:
     """Everything that can be wrong with the settings, before anything is loaded. Raises UserError."""
     ppo = config.ppo
-    check_batch(ppo.mini_batch_size, ppo.micro_batch_size, runtime, "ppo", "mini_batch_size")
+    check_batch(ppo.mini_batch_size, runtime, "ppo.mini_batch_size")
     if ppo.rollout_batch_size <= 0 or ppo.rollout_batch_size % ppo.mini_batch_size:
         raise UserError(
             f"ppo.rollout_batch_size: expected a positive multiple of mini_batch_size {ppo.mini_batch_size}, "
@@ -99,6 +110,11 @@ def check(config: PpoConfig, runtime: Runtime, algorithm: Algorithm) -> None:
         raise UserError(f"rollout.temperature: PPO needs a temperature > 0, found {config.rollout.temperature}")
     if ppo.ptx_coeff > 0 and not config.data.ptx:
         raise UserError("data.ptx: expected demonstrations, because ppo.ptx_coeff > 0; found none")
+    if config.critics == "shared" and algorithm == "ppo":
+        raise UserError("critics: expected separate, because ppo has no critic of the cost; found shared")
+    for name in ("reward_critic", "cost_critic") if config.critics == "shared" else ("critic",):
+        if getattr(config, name) is not None:
+            raise UserError(f"{name}: expected none, because critics is {config.critics}; found one")
     needed = ["actor", "reward_model"] + ([] if algorithm == "ppo" else ["cost_model"])
     for name in needed:
         if getattr(config, name).checkpoint is None:
@@ -131,7 +147,7 @@ def ptx_dataset(config: PpoConfig, tokenizer: Tokenizer) -> DemonstrationDataset
 def make_roles(
     config: PpoConfig, algorithm: Algorithm, tokenizer: Tokenizer, runtime: Runtime, folder: Run
 ) -> dict[str, Role]:
-    """The six roles (five for `ppo`, four without a cost model): critics start from their models."""
+    """The six roles (five with a shared critic or for `ppo`, four without a cost model); critics start from models."""
     ppo = config.ppo
     updates = ppo.steps * ppo.epochs * (ppo.rollout_batch_size // ppo.mini_batch_size)
     longest = config.rollout.max_prompt_length + config.rollout.max_new_tokens
@@ -142,12 +158,21 @@ def make_roles(
         "cost_model": (config.cost_model, None),
         "reward_critic": (config.reward_critic or config.reward_model, config.critic_optimizer),
         "cost_critic": (config.cost_critic or config.cost_model, config.critic_optimizer),
+        "critic": (config.critic or config.reward_model, config.critic_optimizer),
     }
+    for name in ("reward_critic", "cost_critic") if config.critics == "shared" else ("critic",):
+        del wanted[name]
+    learners = [name for name, (_, optimizer) in wanted.items() if optimizer is not None]
+    if folder.resume is not None and set(learners) - folder.resume.roles.keys():
+        raise UserError(
+            f"critics: expected those of the run in {folder.folder}, which trains {', '.join(folder.resume.roles)}; "
+            f"found {config.critics}"
+        )
     if algorithm == "ppo":
         del wanted["cost_critic"]  # its advantages would count for nothing
         if config.cost_model.checkpoint is None:
             del wanted["cost_model"]
-    # All six are looked at before the first is built: a wrong path in the last must not cost minutes.
+    # All are looked at before the first is built: a wrong path in the last must not cost minutes.
     plans = {}
     for name, (model, _) in wanted.items():
         plans[name] = plan = resolve_role(name, model, tokenizer, runtime, folder.resume, longest)
@@ -160,6 +185,28 @@ def make_roles(
     }
 
 
+def train(
+    config: PpoConfig,
+    roles: dict[str, Role],
+    scores: Scores,
+    lam: torch.Tensor,
+    demonstrations: DemonstrationDataset | None,
+    step: int,
+    runtime: Runtime,
+) -> tuple[Experience, dict[str, float]]:
+    """All optimizer steps on one rollout batch: what was learnt from, and the means of what was measured."""
+    ppo, critics = config.ppo, critics_of(roles)
+    values_2BT, measured = scores.values_2BT, {}
+    if values_2BT is None:
+        values_2BT, measured = train_critics(critics, scores, ppo, runtime)
+        critics = []  # that was all
+    experience = estimate(scores, values_2BT, ppo)
+    mix = make_mix(experience, lam, ppo.whiten_advantages, runtime)
+    return experience, measured | learn(
+        config, roles["actor"], critics, experience, mix, demonstrations, step, runtime
+    )
+
+
 def make_mix(experience: Experience, lam: torch.Tensor, whitened: bool, runtime: Runtime) -> Mix:
     """The mix at λ = lam, whitened over the global rollout batch if asked."""
     if not whitened:
@@ -169,47 +216,65 @@ def make_mix(experience: Experience, lam: torch.Tensor, whitened: bool, runtime:
     return Mix(lam, mean, torch.rsqrt(variance + WHITEN_EPSILON))
 
 
+def loss_normalizer(mask_BT: torch.Tensor, ppo: PpoTrainingConfig, runtime: Runtime) -> float:
+    """What the losses on a mini-batch divide by: its sequences or its action tokens, over all data-parallel ranks."""
+    if ppo.loss_reduction == "sequence":
+        return float(ppo.mini_batch_size)
+    return runtime.sum_over_data_parallel({"tokens": float(mask_BT.sum())})["tokens"]
+
+
+def train_critics(
+    critics: list[Role], scores: Scores, ppo: PpoTrainingConfig, runtime: Runtime
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The critics' single update on a rollout batch: their values before it, [2, B, T], and what it measured."""
+    normalizer = loss_normalizer(scores.trajectories.mask_BT, ppo, runtime)
+    values_2BT, measured = torch.zeros(()), {}
+    for critic in critics:
+        of_critic_2BT, of_critic = critic_step_with_values(critic, scores, ppo, normalizer)
+        values_2BT, measured = values_2BT + of_critic_2BT, measured | of_critic
+    return values_2BT, measured
+
+
 def learn(
     config: PpoConfig,
-    roles: dict[str, Role],
+    actor: Role,
+    critics: list[Role],
     experience: Experience,
     mix: Mix,
     demonstrations: DemonstrationDataset | None,
     step: int,
     runtime: Runtime,
 ) -> dict[str, float]:
-    """All optimizer steps on one rollout batch; the means of what they measured."""
+    """All optimizer steps of these roles on one rollout batch; the means of what they measured.
+
+    `rollout_kl` is the actor's approximate_kl in the first of them, on a mini-batch whose sampling weights are still
+    the actor's own: it shows how far the rollout's log-probabilities are from a training forward's.
+    """
     ppo = config.ppo
     batches = ppo.rollout_batch_size // ppo.mini_batch_size
     rows_per_batch = ppo.mini_batch_size // runtime.dp_size
     ptx_stream = demonstrations and ShuffledStream(len(demonstrations), ppo.mini_batch_size, config.run.seed)
-    mask_BT, gae = experience.trajectories.mask_BT, experience.gae
-    critics = {
-        "reward_critic": (experience.reward_values_BT, gae.reward_returns_BT),
-        "cost_critic": (experience.cost_values_BT, gae.cost_returns_BT),
-    }
     measured: dict[str, list[float]] = {}
     for update in range(ppo.epochs * batches):
         start = (update % batches) * rows_per_batch
         rows = slice(start, start + rows_per_batch)
-        normalizer = float(ppo.mini_batch_size)
-        if ppo.loss_reduction == "token":
-            normalizer = runtime.sum_over_data_parallel({"tokens": float(mask_BT[rows].sum())})["tokens"]
+        normalizer = loss_normalizer(experience.trajectories.mask_BT[rows], ppo, runtime)
         values = {}
         if step >= ppo.critic_warmup_steps:
             ptx = None
             if demonstrations is not None:
                 indices = ptx_stream.indices(step * ppo.epochs * batches + update)
-                ptx = demonstrations.batch(shard(indices, runtime.dp_rank, runtime.dp_size))
-            values |= actor_step(
-                roles["actor"], experience, mix, rows, ppo, config.rollout.temperature, normalizer, ptx
-            )
-        for name, (old_values_BT, returns_BT) in critics.items():
-            if name in roles:
-                values |= critic_step(roles[name], experience, old_values_BT, returns_BT, rows, ppo, normalizer)
+                lengths = demonstrations.lengths(indices)
+                ptx = demonstrations.batch(shard_by_length(indices, lengths, runtime.dp_rank, runtime.dp_size))
+            values |= actor_step(actor, experience, mix, rows, ppo, config.rollout.temperature, normalizer, ptx)
+        for critic in critics:
+            values |= critic_step(critic, experience, rows, ppo, normalizer)
         for name, value in values.items():
             measured.setdefault(name, []).append(value)
-    return {name: sum(found) / len(found) for name, found in measured.items()}
+    means = {name: sum(found) / len(found) for name, found in measured.items()}
+    if "approximate_kl" in measured:
+        means["rollout_kl"] = measured["approximate_kl"][0]
+    return means
 
 
 def rollout_statistics(experience: Experience, red_team_B: torch.Tensor, runtime: Runtime) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Training of the reward model and of the cost model on comparisons (paper, section 3.2).
 
-Legend: P pairs, rows come as (first, second) of pair 0, of pair 1, ...; S tokens.
+Legend: P pairs, rows come as (first, second) of pair 0, of pair 1, ...; n answers of a pack.
 """
 
 from collections.abc import Callable
@@ -11,10 +11,10 @@ import torch
 from megatron_safe.algorithms.preference import cost_loss_B, reward_loss_B
 from megatron_safe.config import PreferenceConfig
 from megatron_safe.data.datasets import ComparisonBatch, ComparisonDataset
-from megatron_safe.data.sampler import ShuffledStream, shard
+from megatron_safe.data.sampler import ShuffledStream, shard_by_length
 from megatron_safe.data.sources import read_comparisons
 from megatron_safe.data.tokenizer import load_tokenizer
-from megatron_safe.models.heads import last_token_scores
+from megatron_safe.models.packing import Sequences
 from megatron_safe.models.pipeline import forward, forward_backward
 from megatron_safe.models.roles import Role
 from megatron_safe.runtime import Runtime
@@ -30,20 +30,17 @@ STATISTICS = {
 }
 
 
-def pair_batch(batch: ComparisonBatch, runtime: Runtime) -> dict[str, torch.Tensor]:
-    """What a scoring model reads of pairs: [2P, S], the two answers of a pair next to each other, so that any even
-    micro-batch holds whole pairs."""
-    batch = batch.to(runtime.device)
+def woven(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """[P, ...] twice -> [2P, ...], the two answers of a pair next to each other."""
+    return torch.stack([first, second], dim=1).flatten(0, 1)
 
-    def woven(first, second):
-        return torch.stack([first, second], dim=1).flatten(0, 1)
 
-    return {
-        "tokens": woven(batch.first.tokens_BL, batch.second.tokens_BL),
-        "lengths": woven(batch.first.lengths_B, batch.second.lengths_B),
-        "signs": woven(batch.first_sign_B, batch.second_sign_B),
-        "like": woven(batch.first.lengths_B, batch.second.lengths_B),
-    }
+def pair_sequences(batch: ComparisonBatch) -> tuple[Sequences, torch.Tensor]:
+    """What a scoring model reads of pairs, and the signs of the 2P answers."""
+    answers = Sequences.to_last(
+        woven(batch.first.tokens_BL, batch.second.tokens_BL), woven(batch.first.lengths_B, batch.second.lengths_B)
+    )
+    return answers, woven(batch.first_sign_B, batch.second_sign_B)
 
 
 def measure(
@@ -63,8 +60,8 @@ def measure(
 def pair_loss(which: Which, score_l2: float, global_pairs: int) -> Callable:
     """The mean over the global batch of the reward loss or the cost loss of each pair."""
 
-    def loss(scores_BS, part):
-        scores_2P = last_token_scores(scores_BS, part["lengths"])
+    def loss(scores_2P, part):
+        scores_2P = scores_2P.float()
         first_P, second_P = scores_2P.view(-1, 2).unbind(dim=1)
         if which == "reward":
             loss_P = reward_loss_B(first_P, second_P, score_l2)
@@ -77,7 +74,9 @@ def pair_loss(which: Which, score_l2: float, global_pairs: int) -> Callable:
     return loss
 
 
-def evaluate(which: Which, role: Role, data: ComparisonDataset, pairs_at_a_time: int) -> dict[str, float]:
+def evaluate(
+    which: Which, role: Role, data: ComparisonDataset, pairs_at_a_time: int, max_tokens: int
+) -> dict[str, float]:
     """Accuracies over a held-out set; the same on every rank. Pairs are dealt out over the data-parallel ranks.
 
     `safe_score` and `unsafe_score` are the mean scores of answers labelled safe and unsafe: a limit on cost
@@ -87,13 +86,12 @@ def evaluate(which: Which, role: Role, data: ComparisonDataset, pairs_at_a_time:
     sums = {name: 0.0 for name in (*STATISTICS[which][1:], "safe", "unsafe", "safe_score", "unsafe_score")}
     mine = range(runtime.dp_rank, len(data), runtime.dp_size)
     for start in range(0, len(mine), pairs_at_a_time):
-        batch = pair_batch(data.batch(list(mine[start : start + pairs_at_a_time])), runtime)
-        scores_2P = forward(
-            role, batch, lambda scores, part: last_token_scores(scores, part["lengths"]), 2 * pairs_at_a_time
-        )
-        for name, value in measure(which, scores_2P, batch["signs"], len(data)).items():
+        batch = data.batch(list(mine[start : start + pairs_at_a_time])).to(runtime.device)
+        answers, signs_2P = pair_sequences(batch)
+        scores_2P = forward(role, answers, max_tokens, lambda scores_n, _: scores_n)
+        for name, value in measure(which, scores_2P, signs_2P, len(data)).items():
             sums[name] += float(value)
-        for name, chosen in (("safe", batch["signs"] > 0), ("unsafe", batch["signs"] < 0)):
+        for name, chosen in (("safe", signs_2P > 0), ("unsafe", signs_2P < 0)):
             sums[name] += float(chosen.sum())
             sums[f"{name}_score"] += float((scores_2P * chosen).sum())
     sums = runtime.sum_over_data_parallel(sums)
@@ -105,7 +103,7 @@ def evaluate(which: Which, role: Role, data: ComparisonDataset, pairs_at_a_time:
 def run(config: PreferenceConfig, runtime: Runtime, which: Which) -> None:
     """Train the reward model or the cost model; OUT/checkpoints holds it under the role name `reward_model` or
     `cost_model`, OUT/eval.json the accuracies on data.eval."""
-    check_batch(config.batch.global_batch_size, config.batch.micro_batch_size, runtime, "batch")
+    check_batch(config.batch.global_batch_size, runtime, "batch.global_batch_size")
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.template)
 
     def dataset(paths):
@@ -128,13 +126,20 @@ def run(config: PreferenceConfig, runtime: Runtime, which: Which) -> None:
         loss = pair_loss(which, config.training.score_l2, pairs)
         for step in range(folder.first_step, steps):
             with timer.phase("train") as phase:
-                batch = pair_batch(data.batch(shard(stream.indices(step), runtime.dp_rank, runtime.dp_size)), runtime)
+                rows = stream.indices(step)
+                rows = shard_by_length(rows, data.lengths(rows), runtime.dp_rank, runtime.dp_size)
+                batch = data.batch(rows).to(runtime.device)
+                answers, signs_2P = pair_sequences(batch)
                 role.zero_grad()
-                values = forward_backward(role, batch, loss, STATISTICS[which], 2 * config.batch.micro_batch_size)
+                values = forward_backward(
+                    role, answers, config.batch.max_tokens_per_micro_batch, loss, STATISTICS[which],
+                    {"signs": signs_2P}, together=2,
+                )  # fmt: skip
                 values |= role.step()
-                phase.tokens = batch["tokens"].numel()
+                phase.tokens = int(answers.lengths_B.sum())
             values |= timer.report() | {"peak_memory_gib": peak_memory_gib()}
             if folder.finish_step(step + 1, values, [role], {}):
                 break
         if held_out is not None:
-            folder.write_json("eval.json", evaluate(which, role, held_out, config.batch.micro_batch_size))
+            max_tokens = config.batch.max_tokens_per_micro_batch
+            folder.write_json("eval.json", evaluate(which, role, held_out, pairs, max_tokens))

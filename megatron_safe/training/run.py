@@ -95,10 +95,9 @@ def write_config(folder: Path, stage: str, config) -> None:
     (folder / "config.yaml").write_text(text, encoding="utf-8")
 
 
-def check_batch(global_size: int, micro_size: int, runtime: Runtime, section: str, name: str = "global_batch_size"):
-    """Raise UserError unless global = data-parallel size x micro x a whole number."""
-    if global_size <= 0 or micro_size <= 0 or global_size % (runtime.dp_size * micro_size):
+def check_batch(global_size: int, runtime: Runtime, field: str) -> None:
+    """Raise UserError unless every data-parallel rank gets as many rows."""
+    if global_size <= 0 or global_size % runtime.dp_size:
         raise UserError(
-            f"{section}.{name}: expected a positive multiple of data-parallel size {runtime.dp_size} x "
-            f"micro_batch_size {micro_size}, found {global_size}"
+            f"{field}: expected a positive multiple of the data-parallel size {runtime.dp_size}, found {global_size}"
         )

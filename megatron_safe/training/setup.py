@@ -97,7 +97,8 @@ def resolve_role(
     if resumed:
         model = ModelConfig(checkpoint=str(resume.path))
     plan = resolve_model(model, name, tokenizer, runtime)
-    check_model_fits(plan.model, runtime.tp_size, runtime.pp_size, section)
+    chunks = runtime.parallel.virtual_pipeline_model_parallel_size
+    check_model_fits(plan.model, runtime.tp_size, runtime.pp_size, section, chunks)
     if max_length > plan.model.max_sequence_length:
         raise UserError(
             f"{section}.max_sequence_length: expected at least the {max_length} tokens of the longest row, "
@@ -121,10 +122,15 @@ def build_role(
         tokenizer.vocab_size, plan.origin,
     )  # fmt: skip
     if isinstance(plan.source, HuggingFaceModel):
-        loading.load_weights(role.module, plan.model.vocab_multiple, plan.source)
+        for chunk in role.chunks:
+            loading.load_weights(chunk, plan.model.vocab_multiple, plan.source)
         role.reload_master_weights()
     elif plan.source is not None:
         checkpoint.load_weights(role, plan.source)
+    if plan.name == "critic" and plan.source is not None and plan.name not in plan.source.roles:
+        # A cost model's output is of no use on another model's trunk: the value of the cost starts at 0.
+        role.module.mute_outputs(1)
+        role.reload_master_weights()
     return role
 
 

@@ -1,14 +1,16 @@
-"""Supervised fine-tuning: the start of the actor (paper, section 3, before stage 1)."""
+"""Supervised fine-tuning: the start of the actor (paper, section 3, before stage 1).
 
-import torch
+Legend: n response tokens of a pack, h hidden size.
+"""
 
 from megatron_safe.config import SftConfig
 from megatron_safe.data.batches import TokenBatch
 from megatron_safe.data.datasets import DemonstrationDataset
-from megatron_safe.data.sampler import ShuffledStream, shard
+from megatron_safe.data.sampler import ShuffledStream, shard_by_length
 from megatron_safe.data.sources import read_demonstrations
 from megatron_safe.data.tokenizer import load_tokenizer
 from megatron_safe.models.heads import token_log_probs
+from megatron_safe.models.packing import Sequences
 from megatron_safe.models.pipeline import forward_backward
 from megatron_safe.models.roles import Role
 from megatron_safe.runtime import Runtime
@@ -17,32 +19,30 @@ from megatron_safe.training.metrics import PhaseTimer, peak_memory_gib
 from megatron_safe.training.run import Run, check_batch
 from megatron_safe.training.setup import make_role
 
-STATISTICS = ("loss", "tokens")
 
+def demonstration_gradient(actor: Role, batch: TokenBatch, max_tokens: int, weight: float = 1.0) -> dict[str, float]:
+    """Add the gradient of `weight` x the mean negative log-likelihood of response tokens over the global batch.
 
-def demonstration_batch(batch: TokenBatch, runtime: Runtime) -> tuple[dict[str, torch.Tensor], float]:
-    """What the actor reads of demonstrations, and the response tokens in the global batch."""
-    batch = batch.to(runtime.device)
+    Returns:
+        `loss`, that mean, and `tokens`, how many response tokens the global batch has.
+    """
+    batch = batch.to(actor.runtime.device)
     mask_BT = batch.response_mask_BT
-    tokens = runtime.sum_over_data_parallel({"tokens": float(mask_BT.sum())})["tokens"]
-    return {"tokens": batch.tokens_BL[:, :-1], "targets": batch.tokens_BL[:, 1:], "mask": mask_BT}, tokens
+    global_tokens = actor.runtime.sum_over_data_parallel({"tokens": float(mask_BT.sum())})["tokens"]
 
+    def loss(hidden_nh, part):
+        log_probs_n = token_log_probs(actor.module, hidden_nh, part["targets"])
+        mean = -log_probs_n.sum() / global_tokens
+        return weight * mean, {"loss": mean}
 
-def demonstration_loss(actor: Role, weight: float, global_tokens: float):
-    """`weight` x the mean negative log-likelihood of response tokens over the global batch."""
-
-    def loss(hidden_TBh, part):
-        log_probs_BT = token_log_probs(actor.module, hidden_TBh, part["targets"])
-        mask_BT = part["mask"]
-        mean = -(log_probs_BT * mask_BT).sum() / global_tokens
-        return weight * mean, {"loss": mean, "tokens": mask_BT.sum()}
-
-    return loss
+    responses = Sequences.to_predict(batch.tokens_BL, batch.lengths_B, mask_BT)
+    inputs = {"targets": batch.tokens_BL[:, 1:][mask_BT]}
+    return forward_backward(actor, responses, max_tokens, loss, ("loss",), inputs) | {"tokens": global_tokens}
 
 
 def run(config: SftConfig, runtime: Runtime) -> None:
     """Train the actor; OUT/checkpoints holds it under the role name `actor`."""
-    check_batch(config.batch.global_batch_size, config.batch.micro_batch_size, runtime, "batch")
+    check_batch(config.batch.global_batch_size, runtime, "batch.global_batch_size")
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.template)
     records = read_demonstrations(config.data.train)
     data = DemonstrationDataset(records, tokenizer, config.tokenizer.template, config.batch.max_length)
@@ -59,13 +59,12 @@ def run(config: SftConfig, runtime: Runtime) -> None:
         timer = PhaseTimer()
         for step in range(folder.first_step, steps):
             with timer.phase("train") as phase:
-                rows = shard(stream.indices(step), runtime.dp_rank, runtime.dp_size)
-                batch, global_tokens = demonstration_batch(data.batch(rows), runtime)
+                rows = stream.indices(step)
+                batch = data.batch(shard_by_length(rows, data.lengths(rows), runtime.dp_rank, runtime.dp_size))
                 actor.zero_grad()
-                loss = demonstration_loss(actor, 1.0, global_tokens)
-                values = forward_backward(actor, batch, loss, STATISTICS, config.batch.micro_batch_size)
+                values = demonstration_gradient(actor, batch, config.batch.max_tokens_per_micro_batch)
                 values |= actor.step()
-                phase.tokens = batch["tokens"].numel()
+                phase.tokens = int(batch.lengths_B.sum())
             values |= timer.report() | {"peak_memory_gib": peak_memory_gib()}
             if folder.finish_step(step + 1, values, [actor], {}):
                 break

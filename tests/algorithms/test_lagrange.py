@@ -1,11 +1,9 @@
 import json
 import math
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -114,17 +112,6 @@ def test_what_was_read_stays():
     lagrange.step(1, costs_B([-9.0]))
     assert (value.item(), mean.item()) == before != (lagrange.value.item(), lagrange.mean_episode_cost.item())
     assert {(x.shape, x.dtype) for x in (value, mean)} == {((), torch.float64)}
-
-
-def test_the_other_ranks_episodes_count_in_the_order_of_the_global_batch(monkeypatch):
-    def all_gather(parts, tensor, group):
-        for part, other in zip(parts, (tensor, costs_B([5.0, 7.0])), strict=True):
-            part.copy_(other)
-
-    monkeypatch.setattr(dist, "all_gather", all_gather)
-    lagrange = multiplier(window=3)
-    lagrange.step(0, costs_B([1.0, 3.0]), group=SimpleNamespace(size=lambda: 2))
-    assert lagrange.state_dict()["episode_costs"] == [5.0, 3.0, 7.0]
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=20), st.floats(0, 100))

@@ -51,6 +51,7 @@ def test_demonstrations_are_kept_left_out_or_cut(byte_tokenizer, texts, max_leng
     dataset = DemonstrationDataset(records, byte_tokenizer, "plain", max_length)
     assert rows_of(dataset.batch(range(len(dataset)))) == expected
     assert dataset.records == kept
+    assert dataset.lengths(range(len(dataset))) == [len(tokens) for tokens, _ in expected]
     assert dataset.report() == (
         f"demonstrations: kept {len(kept)} of {len(records)} rows, up to {max_length} tokens for prompt and response; "
         f"{len(records) - len(kept)} left out (prompt too long), {cut} responses cut"
@@ -128,6 +129,7 @@ def test_both_sides_share_a_width_and_a_prompt(byte_tokenizer, comparisons):
     batch = dataset.batch([1, 3], multiple=8)
     assert batch.first.tokens_BL.shape == batch.second.tokens_BL.shape
     assert batch.first.tokens_BL.shape[1] % 8 == 0
+    assert dataset.lengths([1, 3]) == (batch.first.lengths_B + batch.second.lengths_B).tolist()
     assert torch.equal(batch.first.prompt_lengths_B, batch.second.prompt_lengths_B)
     for row, index in enumerate((1, 3)):
         prompt = encode_prompt(byte_tokenizer, "safe-rlhf", comparisons[index].prompt)

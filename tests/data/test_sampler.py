@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_safe.data.sampler import ShuffledStream, shard
+from megatron_safe.data.sampler import ShuffledStream, deal, shard, shard_by_length
 from megatron_safe.errors import UserError
 
 SIZES = st.integers(1, 40)
@@ -89,6 +89,53 @@ def test_shards_are_equal_and_make_up_the_batch(world, each, start):
     assert [index for group in zip(*shards, strict=True) for index in group] == batch
 
 
-def test_a_batch_that_does_not_divide_is_refused():
+@st.composite
+def hands(draw):
+    """Sizes to deal, and to how many."""
+    world, each = draw(st.integers(1, 8)), draw(st.integers(1, 12))
+    return draw(st.lists(st.integers(1, 2000), min_size=world * each, max_size=world * each)), world
+
+
+@given(hands())
+def test_each_place_is_dealt_once_and_each_rank_gets_as_many(case):
+    sizes, world = case
+    dealt = deal(sizes, world)
+    assert sorted(place for hand in dealt for place in hand) == list(range(len(sizes)))
+    assert [len(hand) for hand in dealt] == [len(sizes) // world] * world
+    assert all(hand == sorted(hand) for hand in dealt)
+
+
+@given(hands())
+def test_sums_differ_by_no_more_than_the_sizes_of_a_round(case):
+    sizes, world = case
+    sums = [sum(sizes[place] for place in hand) for hand in deal(sizes, world)]
+    ordered = sorted(sizes)
+    rounds = [ordered[start : start + world] for start in range(0, len(sizes), world)]
+    assert max(sums) - min(sums) <= max(one[-1] - one[0] for one in rounds)
+
+
+@given(hands())
+def test_deals_are_equal_for_equal_sizes(case):
+    sizes, world = case
+    assert deal(sizes, world) == deal(list(sizes), world)
+    assert deal([7] * len(sizes), world) == [list(range(rank, len(sizes), world)) for rank in range(world)]
+    assert deal(sizes, 1) == [list(range(len(sizes)))]
+
+
+@pytest.mark.parametrize("sizes, sums", [([9, 1, 5, 2, 4, 3], [11, 13]), ([8, 1, 7, 2, 6, 3], [9, 9, 9])])
+def test_known_deals(sizes, sums):
+    assert sorted(sum(sizes[place] for place in hand) for hand in deal(sizes, len(sums))) == sums
+
+
+@given(hands())
+def test_shards_by_length_are_the_hands(case):
+    sizes, world = case
+    indices = [1000 + 3 * place for place in range(len(sizes))]
+    for rank, hand in enumerate(deal(sizes, world)):
+        assert shard_by_length(indices, sizes, rank, world) == [1000 + 3 * place for place in hand]
+
+
+@pytest.mark.parametrize("part", [shard, lambda rows, rank, world: shard_by_length(rows, [1] * len(rows), rank, world)])
+def test_a_batch_that_does_not_divide_is_refused(part):
     with pytest.raises(UserError, match="^batch size: expected a multiple of the data-parallel size 4, found 6$"):
-        shard(list(range(6)), 0, 4)
+        part(list(range(6)), 0, 4)

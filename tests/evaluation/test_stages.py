@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
+from whole_rows import outputs
 
 from megatron_safe.cli import parse, run_stage
 from megatron_safe.config import ModelConfig, ParallelConfig, RolloutConfig
@@ -140,7 +141,7 @@ def test_greedy_is_the_likeliest_token_of_a_full_forward(answer, roles, tokenize
         ids = []
         while len(ids) < ROLLOUT.max_new_tokens and tokenizer.eos_id not in ids:
             with torch.no_grad():
-                logits_V = actor.logits(actor(torch.tensor([tokens + ids])))[-1, 0]
+                logits_V = outputs(actor, torch.tensor([tokens + ids]))[0, -1]
             ids.append(int(logits_V.argmax()))
         assert given_answer.ended == (ids[-1] == tokenizer.eos_id)
         assert given_answer.response == tokenizer.decode([i for i in ids if i != tokenizer.eos_id])
@@ -175,7 +176,7 @@ def one_by_one(role, answers, tokenizer, max_length):
     for a in answers:
         tokens, prompt_length = encode_dialogue(tokenizer, TEMPLATE, a.prompt, a.response, add_eos=a.ended)
         with torch.no_grad():
-            score = float(role.module(torch.tensor([tokens[:max_length]]))[0, -1])
+            score = float(outputs(role.module, torch.tensor([tokens[:max_length]]))[0, -1])
         scores.append(score if prompt_length < max_length else math.nan)
     return scores
 
@@ -252,7 +253,8 @@ def project(tmp_path_factory, tokenizer_folder, runtime):
     write_rows(folder / "prompts.jsonl", [dataclasses.asdict(prompt) for prompt in PROMPTS])
     common = {"tokenizer": {"path": str(tokenizer_folder), "template": TEMPLATE}, "run": {"tensorboard": False}}
     shape = {key: value for key, value in dataclasses.asdict(TINY).items() if value is not None}
-    train = {"batch": {"global_batch_size": 4, "micro_batch_size": 4, "max_length": 32}, "training": {"steps": 2}}
+    batch = {"global_batch_size": 4, "max_tokens_per_micro_batch": 40, "max_length": 32}
+    train = {"batch": batch, "training": {"steps": 2}}
     prompts = {"prompts": [str(folder / "prompts.jsonl")], "batch_size": 4}
     short = {"rollout": dataclasses.asdict(ROLLOUT), "data": prompts}
     configs = {

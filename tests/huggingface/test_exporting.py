@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
+from whole_rows import outputs
 
 from megatron_safe.config import ModelConfig, ParallelConfig
 from megatron_safe.errors import UserError
@@ -94,10 +95,8 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def output_of(role: Role, tokens_BS: torch.Tensor) -> torch.Tensor:
-    output = role.module(tokens_BS)
-    if role.module.head == "scalar":
-        return output
-    return role.module.logits(output).transpose(0, 1)[..., : role.vocab_size]
+    output = outputs(role.module, tokens_BS)
+    return output if role.module.head == "scalar" else output[..., : role.vocab_size]
 
 
 @torch.no_grad()

@@ -297,6 +297,7 @@ interpreter_warnings = pytest.mark.filterwarnings(
 
 SMALL = 16  # lanes of a quarter, so that a tile is 64 tokens
 IDS = [0, 1, 2**32 - 1, 2**40 + 7, 2**62]
+POSITIONS = [2**31 + 5, 0, 2**32 - 1, 1, 77]
 
 
 @pytest.mark.parametrize(
@@ -318,7 +319,7 @@ def test_the_reference_gives_the_known_answers_of_seven_rounds(counter, key, out
 
 def noise(key, row, vocabulary, quarter):
     """The Gumbel noise of each token, float64: word (v / quarter) % 4 of the counter that its tile's lane has."""
-    seed, sample_id, position = key.seed, int(key.sample_ids_B[row]), key.position
+    seed, sample_id, position = key.seed, int(key.sample_ids_B[row]), int(key.positions_B[row]) & 0xFFFFFFFF
     values = []
     for v in range(vocabulary):
         counter = v // (4 * quarter) * quarter + v % quarter + 1
@@ -356,7 +357,7 @@ def small_tiles(triton_backend, monkeypatch):
 def test_gumbel_draws_are_those_of_the_formula_in_every_layout(small_tiles, on_shards, temperature, dtype):
     """148 tokens: no shard but the first begins with a tile."""
     logits_BV = draw(len(IDS), 148, scale=1.0)[0].to(dtype)
-    key = NoiseKey(2**63 + 12345, torch.tensor(IDS), 2**31 + 5)
+    key = NoiseKey(2**63 + 12345, torch.tensor(IDS), torch.tensor(POSITIONS))
     z_BV = logits_BV.double() / temperature
     keys_BV = z_BV + torch.stack([noise(key, row, 148, SMALL) for row in range(len(IDS))])
     top_B2 = keys_BV.topk(2, dim=1)
@@ -376,7 +377,7 @@ def test_gumbel_draws_are_those_of_the_formula_in_every_layout(small_tiles, on_s
 def test_gumbel_any_shape(small_tiles, on_shards, rows, width, shards, seed, position, scale):
     vocabulary = width * max(1, shards)
     logits_BV, _ = draw(rows, vocabulary, scale=scale)
-    key = NoiseKey(seed, torch.arange(rows) + seed // 4, position)
+    key = NoiseKey(seed, torch.arange(rows) + seed // 4, position + torch.arange(rows))
     tokens_B, log_probs_B = gumbel_sharded(on_shards, shards, logits_BV, key)
     for row in range(rows):
         keys_V = logits_BV[row].double() + noise(key, row, vocabulary, SMALL)
@@ -390,7 +391,7 @@ def test_gumbel_tiles_of_full_size(triton_backend, on_shards):
     logits_BV = draw(1, 4996, scale=0.5)[0].expand(4, -1)
     drawn = set()
     for seed, position in ((3, 0), (4, 0), (3, 1)):
-        key = NoiseKey(seed, torch.tensor([0, 1, 2, 1]), position)
+        key = NoiseKey(seed, torch.tensor([0, 1, 2, 1]), torch.full((4,), position))
         whole = gumbel_sharded(on_shards, 0, logits_BV, key)
         halves = gumbel_sharded(on_shards, 2, logits_BV, key)
         assert torch.equal(whole[0], halves[0]) and whole[0][1] == whole[0][3]
@@ -407,7 +408,7 @@ def test_gumbel_follows_the_distribution(small_tiles):
     """Chi-square; and row by row the formula's token, also where the kernel's bound e / v names another first."""
     n = 120
     logits_1V, _ = draw(1, 5, scale=2.0, seed=3)
-    key = NoiseKey(11, torch.arange(n), 4)
+    key = NoiseKey(11, torch.arange(n), torch.full((n,), 4))
     tokens_B, _ = sample(logits_1V.expand(n, -1), torch.zeros(n), 0.8, noise_key=key)
     z_V = logits_1V[0].double() / 0.8
     assert chi_square(tokens_B, n * torch.softmax(z_V, dim=0)) < 5 + 6 * math.sqrt(2 * 5)
@@ -419,7 +420,7 @@ def test_gumbel_follows_the_distribution(small_tiles):
 
 def test_the_noise_of_many_tokens_is_gumbels():
     """Kolmogorov-Smirnov of 4,096 tokens' noise against exp(-exp(-x))."""
-    values = noise(NoiseKey(5, torch.tensor([9]), 2), 0, 4096, 1024).sort().values
+    values = noise(NoiseKey(5, torch.tensor([9]), torch.tensor([2])), 0, 4096, 1024).sort().values
     cdf = torch.exp(-torch.exp(-values))
     assert (cdf - (torch.arange(4096) + 0.5) / 4096).abs().max() < 2 / math.sqrt(4096)
 
@@ -436,7 +437,7 @@ def test_triton_draws_no_padding_and_survives_extremes(small_tiles, on_shards, t
     logits_BV[3] += 1e4
     logits_BV[4] -= 1e4
     logits_BV[5] = torch.where(logits_BV[5] > 0, 1e4, -1e4)
-    key = NoiseKey(1, torch.arange(6), 0)
+    key = NoiseKey(1, torch.arange(6), torch.zeros(6, dtype=torch.int64))
     for shards in (0, 2, 4):
         tokens_B, log_probs_B = gumbel_sharded(on_shards, shards, logits_BV, key, temperature)
         assert tokens_B[0] < 70 and tokens_B[1] == 0 and tokens_B[2] == 135 and logits_BV[5, tokens_B[5]] == 1e4
@@ -457,7 +458,7 @@ def test_triton_greedy(small_tiles, on_shards):
         assert tokens_B.tolist() == [int(logits_BV[0].argmax()), 8, 70, 37, 0]
         expected_B = full_log_probs(logits_BV, tokens_B, 0.0)
         torch.testing.assert_close(log_probs_B.double(), expected_B, rtol=1e-5, atol=1e-5)
-    with_key = sample(logits_BV, uniform_B, 0.0, 3, 0.5, noise_key=NoiseKey(0, torch.arange(5), 0))
+    with_key = sample(logits_BV, uniform_B, 0.0, 3, 0.5, noise_key=NoiseKey(0, torch.arange(5), torch.arange(5)))
     assert torch.equal(with_key[0], tokens_B)
 
 
@@ -465,13 +466,13 @@ def test_triton_greedy(small_tiles, on_shards):
 def test_triton_edges_of_the_input(small_tiles):
     """No rows; columns apart; NaN logits, which are somebody else's error, still give a token of the vocabulary."""
     logits_BV, uniform_B = draw(3, 20)
-    key = NoiseKey(2, torch.arange(3), 1)
+    key = NoiseKey(2, torch.arange(3), torch.arange(3))
     expected = sample(logits_BV, uniform_B, noise_key=key)
     for view in (logits_BV.t().contiguous().t(), torch.cat([logits_BV] * 2, dim=1)[:, 20:]):
         assert not view.is_contiguous()
         found = sample(view, uniform_B, noise_key=key)
         assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-    none = sample(logits_BV[:0], uniform_B[:0], noise_key=NoiseKey(2, torch.arange(0), 1))
+    none = sample(logits_BV[:0], uniform_B[:0], noise_key=NoiseKey(2, torch.arange(0), torch.arange(0)))
     assert none[0].shape == none[1].shape == (0,)
     tokens_B, log_probs_B = sample(logits_BV * float("nan"), uniform_B, noise_key=key)
     assert ((tokens_B >= 0) & (tokens_B < 20)).all() and log_probs_B.isnan().all()
@@ -479,7 +480,7 @@ def test_triton_edges_of_the_input(small_tiles):
 
 def test_narrowed_draws_are_the_torch_paths(small_tiles):
     logits_BV, uniform_B = draw(4, 20)
-    key = NoiseKey(2, torch.arange(4), 1)
+    key = NoiseKey(2, torch.arange(4), torch.arange(4))
     for narrowed in ((1.0, 5, 1.0), (1.0, 0, 0.7)):
         found, expected = (sample(logits_BV, uniform_B, *narrowed, noise_key=k) for k in (key, None))
         assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])

@@ -1,6 +1,6 @@
 """Megatron-Core's modules, as we put them together, against a Llama written here from the formulas in float64.
 
-Legend: B rows, S tokens, V vocabulary, h hidden, D head size, G key/value heads.
+Legend: B rows, S tokens, V vocabulary, h hidden, D head size, G key/value heads, N places that are read.
 """
 
 import dataclasses
@@ -8,10 +8,12 @@ import math
 
 import pytest
 import torch
+from whole_rows import outputs
 
 from megatron_safe.config import ModelConfig, ParallelConfig
 from megatron_safe.errors import UserError
 from megatron_safe.models.llama import architecture, build, check_model_fits, padded_vocab_size
+from megatron_safe.models.packing import Sequences, pack
 from megatron_safe.models.rope import rope_frequencies
 from megatron_safe.runtime import start
 
@@ -54,9 +56,13 @@ def rotate(x_SD, base):
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=1)
 
 
-def reference(module, model, tokens_S, head):
-    """Logits [S, V] or scores [S] of one row, in float64, head by head and token by token."""
-    w = {name: parameter.detach().double() for name, parameter in module.named_parameters()}
+def in_float64(module) -> dict[str, torch.Tensor]:
+    """Its weights by name, to be differentiated by."""
+    return {name: parameter.detach().double().requires_grad_() for name, parameter in module.named_parameters()}
+
+
+def reference(w, model, tokens_S, head):
+    """Logits [S, V] or scores [S] of one row, of weights in float64, head by head and token by token."""
     groups = model.num_query_groups or model.num_attention_heads
     per_group, size = model.num_attention_heads // groups, model.hidden_size // model.num_attention_heads
     x_Sh = w["embedding.word_embeddings.weight"][tokens_S]
@@ -73,8 +79,9 @@ def reference(module, model, tokens_S, head):
             value_SD = normed_Sh @ qkv_GhD[group, per_group + 1].T
             rows = []
             for t in range(len(tokens_S)):
-                p = torch.softmax(key_SD[: t + 1] @ query_SD[t] / math.sqrt(size), dim=0)
-                rows.append(p @ value_SD[: t + 1])
+                seen = slice(max(0, t + 1 - (model.sliding_window or t + 1)), t + 1)
+                p = torch.softmax(key_SD[seen] @ query_SD[t] / math.sqrt(size), dim=0)
+                rows.append(p @ value_SD[seen])
             contexts.append(torch.stack(rows))
         x_Sh = x_Sh + torch.cat(contexts, dim=1) @ w[f"{name}.self_attention.linear_proj.weight"].T
         normed_Sh = rms_norm(x_Sh, w[f"{name}.pre_mlp_layernorm.weight"], model.norm_epsilon)
@@ -91,12 +98,6 @@ def random_tokens(rows, length, seed=5):
     return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def read(module, tokens_BS):
-    """Logits [B, S, V] or scores [B, S]."""
-    output = module(tokens_BS)
-    return output if module.head == "scalar" else module.logits(output).transpose(0, 1)
-
-
 @pytest.mark.parametrize("head", ["language", "scalar"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("groups", [None, 4, 2, 1])
@@ -105,9 +106,9 @@ def test_forward_is_the_formulas(runtime, head, tied, groups):
     module = build_random(model, runtime, head)
     tokens_BS = random_tokens(3, 11)
     with torch.no_grad():
-        output = read(module, tokens_BS)
+        output = outputs(module, tokens_BS)
     assert output.shape == ((3, 11, 24) if head == "language" else (3, 11))
-    expected = torch.stack([reference(module, model, tokens_S, head) for tokens_S in tokens_BS])
+    expected = torch.stack([reference(in_float64(module), model, tokens_S, head) for tokens_S in tokens_BS])
     assert expected.std() > 0.3
     if head == "language":
         assert (output[..., VOCABULARY:] == torch.finfo(torch.float32).min).all()
@@ -115,13 +116,48 @@ def test_forward_is_the_formulas(runtime, head, tied, groups):
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("head, tied", [("scalar", False), ("language", False), ("language", True)])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("budget", [1, 20, 100])
+def test_packs_of_ragged_rows_are_the_formulas_on_each_row_alone(runtime, head, tied, window, budget):
+    """What is read, and the gradient of every parameter, whatever stands behind the rows and shares their pack."""
+    model = dataclasses.replace(MODEL, tie_embeddings=tied, sliding_window=window)
+    module = build_random(model, runtime, head)
+    lengths = [7, 1, 12, 7, 3]
+    tokens_BS = random_tokens(5, 12)
+    read_BS = torch.rand(5, 12, generator=torch.Generator().manual_seed(8)) < 0.5
+    read_BS &= torch.arange(12) < torch.tensor(lengths)[:, None]
+    packs = pack(Sequences(tokens_BS, torch.tensor(lengths), read_BS), budget)
+    assert len(packs) == {1: 5, 20: 2, 100: 1}[budget]
+    places = int(read_BS.sum())
+    output = torch.full((places, VOCABULARY) if head == "language" else (places,), math.nan)
+    for one in packs:
+        found = module.logits(module(one))[:, :VOCABULARY] if head == "language" else module(one)
+        output = output.index_copy(0, one.places_N, found)
+    weights = in_float64(module)
+    expected = torch.cat([
+        reference(weights, model, row[:length], head)[read[:length]]
+        for row, length, read in zip(tokens_BS, lengths, read_BS, strict=True)
+    ])  # fmt: skip
+    expected = expected[:, :VOCABULARY] if head == "language" else expected
+    assert expected.std() > 0.3
+    torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
+    slope = torch.randn(output.shape, generator=torch.Generator().manual_seed(9))
+    (output * slope).sum().backward()
+    (expected * slope.double()).sum().backward()
+    for name, parameter in module.named_parameters():
+        wanted = weights[name].grad
+        torch.testing.assert_close(parameter.grad.double(), wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
 def test_bf16_is_near_the_formulas(runtime):
     module = build_random(MODEL, runtime, precision="bf16")
     assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
     tokens_BS = random_tokens(2, 9)
     with torch.no_grad():
-        output = read(module, tokens_BS)[..., :VOCABULARY].double()
-    expected = torch.stack([reference(module, MODEL, tokens_S, "language") for tokens_S in tokens_BS])[..., :VOCABULARY]
+        output = outputs(module, tokens_BS)[..., :VOCABULARY].double()
+        expected = [reference(in_float64(module), MODEL, tokens_S, "language") for tokens_S in tokens_BS]
+    expected = torch.stack(expected)[..., :VOCABULARY]
     assert (output - expected).abs().max() < 0.05 * expected.abs().max()
 
 
@@ -131,7 +167,7 @@ def test_what_comes_after_a_token_does_not_reach_it(runtime):
     changed_BS = tokens_BS.clone()
     changed_BS[:, 7:] = random_tokens(2, 5, seed=6)
     with torch.no_grad():
-        before, after = module(tokens_BS), module(changed_BS)
+        before, after = outputs(module, tokens_BS), outputs(module, changed_BS)
     torch.testing.assert_close(after[:, :7], before[:, :7], rtol=1e-5, atol=1e-6)
     assert (after[:, 7:] != before[:, 7:]).all()
 
@@ -147,7 +183,7 @@ def test_tied_embeddings_are_one_parameter_and_the_scalar_head_is_not_tied(runti
 def test_padding_rows_can_never_be_predicted(runtime):
     module = build_random(MODEL, runtime)
     tokens_BS = random_tokens(2, 5)
-    log_probs = torch.log_softmax(read(module, tokens_BS), dim=-1)
+    log_probs = torch.log_softmax(outputs(module, tokens_BS), dim=-1)
     assert (log_probs[..., VOCABULARY:].exp() == 0).all()
     log_probs[..., 3].sum().backward()
     gradient_Vh = dict(module.named_parameters())["output_layer.weight"].grad
@@ -156,7 +192,7 @@ def test_padding_rows_can_never_be_predicted(runtime):
 
 def test_a_vocabulary_that_needs_no_padding_is_not_masked(runtime):
     module = build(MODEL, runtime, "language", 24, "fp32", 0)
-    assert read(module, random_tokens(1, 4)).min() > -1e4
+    assert outputs(module, random_tokens(1, 4)).min() > -1e4
 
 
 @pytest.mark.parametrize("size, multiple, stored", [(21, 8, 24), (24, 8, 24), (25, 8, 32), (1, 128, 128)])
@@ -189,6 +225,13 @@ def test_padded_vocab_size(size, multiple, stored):
 def test_check_model_fits_names_the_field(changes, tp, pp, message):
     with pytest.raises(UserError, match=message):
         check_model_fits(dataclasses.replace(MODEL, **changes), tp, pp, "m")
+
+
+def test_chunks_of_a_pipeline_rank_have_layers_each():
+    message = "pipeline_model_parallel_size x virtual_pipeline_model_parallel_size 4, found 6"
+    with pytest.raises(UserError, match=f"m.num_layers: expected a positive multiple of {message}"):
+        check_model_fits(dataclasses.replace(MODEL, num_layers=6), 1, 2, "m", chunks=2)
+    check_model_fits(dataclasses.replace(MODEL, num_layers=8), 1, 2, "m", chunks=2)
 
 
 def test_check_model_fits_lets_good_layouts_pass():

@@ -17,17 +17,36 @@ from safetensors.torch import save_file
 from megatron_safe.config import ModelConfig, ParallelConfig
 from megatron_safe.huggingface.loading import HuggingFaceModel, load_weights
 from megatron_safe.models.llama import architecture
+from megatron_safe.models.packing import Sequences
 from megatron_safe.models.pipeline import forward
 from megatron_safe.models.roles import Role
 from megatron_safe.runtime import start
 
+BUDGET = 24  # tokens of a pack: more than one row, not all of them
 
-def whole_logits(module, hidden_SBh) -> torch.Tensor:
-    """[B, S, V / p of each of p ranks, one after the other]"""
-    shard = module.logits(hidden_SBh).transpose(0, 1).contiguous()
+
+def whole_logits(module, hidden_nh) -> torch.Tensor:
+    """[n, V / p of each of p ranks, one after the other]"""
+    shard = module.logits(hidden_nh).contiguous()
     parts = [torch.empty_like(shard) for _ in range(parallel_state.get_tensor_model_parallel_world_size())]
     torch.distributed.all_gather(parts, shard, group=parallel_state.get_tensor_model_parallel_group())
     return torch.cat(parts, dim=-1)
+
+
+def output_of(role: Role, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """[B, S, V] logits or [B, S] scores, on every rank."""
+    rows = Sequences(tokens_BS, torch.full((len(tokens_BS),), tokens_BS.size(1)), torch.ones_like(tokens_BS).bool())
+    if role.module.head == "scalar":
+        return forward(role, rows, BUDGET, lambda scores_n, _: scores_n).view(tokens_BS.shape)
+    logits_NV = torch.empty(tokens_BS.numel(), -(-role.vocab_size // 16) * 16)
+
+    def keep(hidden_nh, part):
+        logits_NV[part["place"]] = whole_logits(role.module, hidden_nh)
+        return torch.zeros(len(hidden_nh))
+
+    forward(role, rows, BUDGET, keep, {"place": torch.arange(len(logits_NV))})
+    logits_NV = role.runtime.broadcast_from_last_stage(logits_NV)
+    return logits_NV[:, : role.vocab_size].contiguous().unflatten(0, tokens_BS.shape)
 
 
 def main(path: Path) -> None:
@@ -45,10 +64,7 @@ def main(path: Path) -> None:
                 for parameter in role.module.parameters():
                     parameter.fill_(torch.nan)
             load_weights(role.module, 16, source)
-            like = tokens_BS if scalar else torch.empty(*tokens_BS.shape, -(-description.vocab_size // 16) * 16)
-            read = (lambda scores, _: scores) if scalar else (lambda hidden, _, m=role.module: whole_logits(m, hidden))
-            output = forward(role, {"tokens": tokens_BS, "like": like}, read, len(tokens_BS))
-            found[name] = output if scalar else output[..., : description.vocab_size].contiguous()
+            found[name] = output_of(role, tokens_BS)
         if runtime.is_main:
             save_file(found, path.with_suffix(".safetensors"))
 

@@ -7,74 +7,18 @@ import dataclasses
 
 import pytest
 import torch
+from rollouts import GREEDY, LENGTHS, MANY, MODEL, PAD, ROLLOUT, VOCABULARY, answers, make_prompts, run, watch
+from whole_rows import outputs
 
-from megatron_safe.config import ModelConfig, ParallelConfig, RolloutConfig
-from megatron_safe.data.batches import TokenBatch, collate
-from megatron_safe.models.roles import Role
+from megatron_safe.config import RolloutConfig
+from megatron_safe.rollout import cache, slots
 from megatron_safe.rollout.generate import generate
-from megatron_safe.runtime import start
-
-VOCABULARY = 21
-NEVER = -1  # an end of sequence that no model draws
-PAD = 3
-MODEL = ModelConfig(
-    num_layers=2, hidden_size=32, ffn_hidden_size=40, num_attention_heads=4, num_query_groups=2,
-    max_sequence_length=64, vocab_multiple=8, init_std=0.3,
-)  # fmt: skip
-LENGTHS = [1, 4, 9, 2, 7, 1]
-ROLLOUT = RolloutConfig(max_new_tokens=8)
-GREEDY = RolloutConfig(max_new_tokens=8, temperature=0.0)
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    with start(ParallelConfig(), 0) as runtime:
-        yield runtime
-
-
-@pytest.fixture(scope="module")
-def make_actor(runtime):
-    made = {}
-
-    def make(model=MODEL, precision="fp32") -> Role:
-        key = (str(model), precision)
-        if key not in made:
-            made[key] = Role("actor", model, runtime, VOCABULARY, precision, seed=2)
-        return made[key]
-
-    return make
-
-
-def make_prompts(lengths=LENGTHS, seed=4) -> TokenBatch:
-    generator = torch.Generator().manual_seed(seed)
-    return collate([(torch.randint(VOCABULARY, (n,), generator=generator).tolist(), n) for n in lengths], PAD)
-
-
-def run(actor, prompts, rollout=ROLLOUT, eos=NEVER, seed=0, ids=None):
-    ids = torch.arange(len(prompts)) if ids is None else torch.tensor(ids)
-    return generate(actor, prompts, ids, rollout, seed, eos, PAD)
-
-
-def answers(trajectories) -> list[list[int]]:
-    """The sampled tokens of each row, read off the batch by the lengths alone."""
-    batch = trajectories.batch
-    return [
-        row[first:last]
-        for row, first, last in zip(
-            batch.tokens_BL.tolist(), batch.prompt_lengths_B.tolist(), batch.lengths_B.tolist(), strict=True
-        )
-    ]
-
-
-def full_forward(actor, tokens_BS):
-    """Logits [B, S, V] of forwards without a cache."""
-    return actor.module.logits(actor.module(tokens_BS)).transpose(0, 1)
 
 
 def full_forward_log_probs(actor, row, temperature):
     """log softmax(z / temperature) of each token of one row after the first, in float64, from a forward of the row."""
     with torch.no_grad():
-        logits_TV = full_forward(actor, torch.tensor([row]))[0, :-1].double()
+        logits_TV = outputs(actor.module, torch.tensor([row]))[0, :-1].double()
     return torch.log_softmax(logits_TV / (temperature or 1.0), dim=1).gather(1, torch.tensor(row[1:])[:, None])[:, 0]
 
 
@@ -111,7 +55,7 @@ def test_greedy_text_is_that_of_a_loop_without_a_cache(make_actor, groups, tied)
         tokens = row[:length]
         while len(tokens) < length + GREEDY.max_new_tokens and 5 not in tokens[length:]:
             with torch.no_grad():
-                tokens.append(int(full_forward(actor, torch.tensor([tokens]))[0, -1].argmax()))
+                tokens.append(int(outputs(actor.module, torch.tensor([tokens]))[0, -1].argmax()))
         assert answer == tokens[length:]
     assert len({tuple(answer) for answer in found}) == len(found)
 
@@ -162,15 +106,103 @@ def test_no_step_is_taken_after_the_last_answer_has_ended(make_actor, monkeypatc
     actor, prompts = make_actor(), make_prompts([5, 5, 5]).select([0] * 3)
     cold = dataclasses.replace(ROLLOUT, temperature=0.4)  # the same tokens in all three, at different places
     endless = answers(run(actor, prompts, cold))
-    steps, decoder = [], type(actor.module.decoder)
-    forward = decoder.forward
-    monkeypatch.setattr(decoder, "forward", lambda self, *a, **k: steps.append(1) or forward(self, *a, **k))
+    steps = watch(monkeypatch)
     expected = []
     for eos in range(VOCABULARY):
         run(actor, prompts, cold, eos)
         expected.append(max(text.index(eos) + 1 if eos in text else ROLLOUT.max_new_tokens for text in endless))
         assert len(steps) == sum(expected)
     assert min(expected) < ROLLOUT.max_new_tokens and endless[0] != endless[1]
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"num_query_groups": 4, "sliding_window": 5}, {"qk_norm": True, "qkv_bias": True, "tie_embeddings": True},
+])  # fmt: skip
+@pytest.mark.parametrize("slots_size", [1, 2, 3, 7, len(MANY), 100])
+def test_refilled_slots_give_what_all_at_once_gives(make_actor, monkeypatch, changes, slots_size):
+    actor, prompts = make_actor(dataclasses.replace(MODEL, **changes)), make_prompts(MANY)
+    rollout = RolloutConfig(max_new_tokens=20, temperature=1.5)
+    at_once = run(actor, prompts, rollout, eos=5)
+    assert len({len(text) for text in answers(at_once)}) > 4
+    ticks = watch(monkeypatch)
+    found = run(actor, prompts, dataclasses.replace(rollout, slots=slots_size), eos=5)
+    assert answers(found) == answers(at_once) and torch.equal(found.ended_B, at_once.ended_B)
+    torch.testing.assert_close(found.log_probs_BT, at_once.log_probs_BT, rtol=0, atol=1e-5)
+    # A row for each token that was sampled or read, and no other.
+    counts = [len(text) for text in answers(found)]
+    assert [tick.samples for tick in ticks[:-1]] == sorted((tick.samples for tick in ticks[:-1]), reverse=True)
+    assert ticks[0].samples == min(slots_size, len(MANY))
+    assert sum(tick.samples for tick in ticks) == sum(counts)
+    assert sum(tick.tokens_R.size(0) for tick in ticks) == sum(counts) + sum(MANY) - len(MANY)
+
+
+@pytest.mark.parametrize("slots_size", [1, 2, 5, 12])
+def test_a_prompt_that_is_sampled_several_times_is_read_once(make_actor, monkeypatch, slots_size):
+    actor, repeated = make_actor(), make_prompts([6, 1, 4]).select([0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2])
+    apart = [answers(run(actor, repeated.select([i]), ids=[i], eos=5))[0] for i in range(12)]
+    ticks = watch(monkeypatch)
+    found = run(actor, repeated, dataclasses.replace(ROLLOUT, slots=slots_size), eos=5)
+    assert answers(found) == apart and len({tuple(text) for text in apart}) > 6
+    for i in (0, 5, 11):
+        row = found.batch.tokens_BL[i, : found.batch.lengths_B[i]].tolist()
+        first = int(repeated.prompt_lengths_B[i]) - 1
+        log_probs_T = found.log_probs_BT[i, first : len(row) - 1].double()
+        torch.testing.assert_close(log_probs_T, full_forward_log_probs(actor, row, 1.0)[first:], rtol=0, atol=1e-5)
+    prompt_rows = sum(tick.tokens_R.size(0) - tick.samples for tick in ticks)
+    assert prompt_rows == 5 + 3 if slots_size == 12 else 5 + 3 <= prompt_rows <= 4 * 5 + 5 * 3
+
+
+@pytest.mark.parametrize("slots_size", [1, 3, 0])
+def test_answers_of_one_token_leave_at_once(make_actor, monkeypatch, slots_size):
+    actor, prompts = make_actor(), make_prompts([5, 1, 5, 5, 1, 5, 5]).select([0, 2, 3, 5, 6, 1, 4])
+    rollout = dataclasses.replace(ROLLOUT, slots=slots_size, max_new_tokens=1)
+    expected = [text[:1] for text in answers(run(actor, prompts))]
+    ticks = watch(monkeypatch)
+    assert answers(run(actor, prompts, rollout)) == expected
+    assert len(ticks) == -(-7 // (slots_size or 7))
+    same = make_prompts([5]).select([0] * 7)
+    first = answers(run(actor, same, GREEDY))[0][0]
+    del ticks[:]
+    found = run(actor, same, dataclasses.replace(GREEDY, slots=slots_size), eos=first)
+    assert answers(found) == [[first]] * 7 and found.ended_B.all()
+    assert len(ticks) == -(-7 // (slots_size or 7))
+
+
+@pytest.mark.parametrize("slots_size", [3, 0])
+def test_slots_that_grow_keep_what_they_hold(make_actor, monkeypatch, slots_size):
+    actor, prompts = make_actor(), make_prompts(MANY)
+    rollout = RolloutConfig(max_new_tokens=20, slots=slots_size)
+    expected = run(actor, prompts, rollout, eos=5)
+    sizes, reserve = [], cache.SlotCache.reserve
+    monkeypatch.setattr(cache, "STEP", 4)
+    monkeypatch.setattr(
+        cache.SlotCache, "reserve", lambda self, n: (reserve(self, n), sizes.append((n, self.positions)))
+    )
+    found = run(actor, prompts, rollout, eos=5)
+    assert answers(found) == answers(expected)
+    torch.testing.assert_close(found.log_probs_BT, expected.log_probs_BT, rtol=0, atol=1e-5)
+    assert {size for _, size in sizes} > {12, 16, 20, 24} and sizes[-1][1] <= max(MANY) + 20 - 1
+    assert all(needed <= size for needed, size in sizes)
+
+
+def test_newcomers_wait_when_their_prompts_are_too_long_together(make_actor, monkeypatch):
+    actor, prompts = make_actor(), make_prompts(MANY)
+    expected = answers(run(actor, prompts, eos=5))
+    monkeypatch.setattr(slots, "PREFILL_ROWS", 10)
+    ticks = watch(monkeypatch)
+    assert answers(run(actor, prompts, eos=5)) == expected
+    assert max(tick.tokens_R.size(0) - tick.samples for tick in ticks) == 11  # one that is longer goes alone
+
+
+def test_weights_and_results_can_be_trained_on(make_actor):
+    """Nothing of the rollout's inference mode is left on what it returns."""
+    actor = make_actor()
+    trajectories = run(actor, make_prompts())
+    for tensor in (trajectories.batch.tokens_BL, trajectories.log_probs_BT, trajectories.ended_B):
+        assert not tensor.is_inference()
+    weight = torch.zeros(VOCABULARY, 2, requires_grad=True)
+    torch.nn.functional.embedding(trajectories.batch.tokens_BL, weight).sum().backward()
+    assert weight.grad.sum() == 2 * trajectories.batch.tokens_BL.numel()
 
 
 @pytest.mark.parametrize("rollout", [ROLLOUT, GREEDY])
@@ -203,6 +235,25 @@ def test_an_answer_ends_with_its_first_eos(make_actor, rollout, pad_is_eos):
             assert found.mask_BT[row].tolist() == mask
             assert [bool(value) for value in found.log_probs_BT[row] < 0] == mask
     assert any_ended
+
+
+@pytest.mark.parametrize("slots_size", [1, 4, 0])
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+def test_an_answer_is_cut_at_its_own_limit(make_actor, monkeypatch, slots_size, pad_is_eos):
+    """One that is cut has not ended; one whose EOS stands at the limit has; nothing is computed past it."""
+    actor, prompts, eos = make_actor(), make_prompts(MANY), 5
+    rollout = dataclasses.replace(ROLLOUT, slots=slots_size)
+    whole = run(actor, prompts, rollout, eos)
+    texts = answers(whole)
+    limits = [1 + (3 * i) % 8 for i in range(len(MANY))]
+    at_its_eos = next(i for i, text in enumerate(texts) if text[-1] == eos)
+    limits[at_its_eos] = len(texts[at_its_eos])
+    ticks = watch(monkeypatch)
+    found = run(actor, prompts, rollout, eos, limits=limits, pad=eos if pad_is_eos else PAD)
+    assert answers(found) == [text[:limit] for text, limit in zip(texts, limits, strict=True)]
+    assert found.ended_B.tolist() == [eos in text[:limit] for text, limit in zip(texts, limits, strict=True)]
+    assert found.ended_B[at_its_eos] and set(found.ended_B.tolist()) == {True, False}
+    assert (found.ended_B != whole.ended_B).any() and sum(tick.samples for tick in ticks) == found.mask_BT.sum()
 
 
 def test_all_end_with_the_first_token(make_actor):
@@ -245,7 +296,8 @@ def test_temperature_sharpens(make_actor):
         trajectories = run(actor, prompts, RolloutConfig(max_new_tokens=3, temperature=temperature))
         tokens_BL = trajectories.batch.tokens_BL
         with torch.no_grad():
-            log_probs = torch.log_softmax(full_forward(actor, tokens_BL[:, :-1]), -1).gather(2, tokens_BL[:, 1:, None])
+            log_probs = torch.log_softmax(outputs(actor.module, tokens_BL[:, :-1]), -1)
+        log_probs = log_probs.gather(2, tokens_BL[:, 1:, None])
         means.append(float(log_probs[..., 0][trajectories.mask_BT].mean()))
     assert means[0] > means[1] + 0.2 > means[2] + 0.4
 
@@ -256,7 +308,7 @@ def test_first_tokens_follow_the_models_distribution(make_actor):
     prompts = make_prompts([4]).select([0] * n)
     first_B = torch.tensor([text[0] for text in answers(run(actor, prompts, RolloutConfig(max_new_tokens=1)))])
     with torch.no_grad():
-        p_V = torch.softmax(full_forward(actor, prompts.tokens_BL[:1])[0, -1, :VOCABULARY].double(), dim=0)
+        p_V = torch.softmax(outputs(actor.module, prompts.tokens_BL[:1])[0, -1, :VOCABULARY].double(), dim=0)
     counts_V = torch.bincount(first_B, minlength=VOCABULARY).double()
     enough_V = p_V * n > 5
     chi_square = float(((counts_V - n * p_V) ** 2 / (n * p_V))[enough_V].sum())

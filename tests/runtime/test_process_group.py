@@ -25,6 +25,25 @@ def test_a_layout_that_does_not_fit_is_named(tp, pp, world):
     assert str(refused.value).startswith(message)
 
 
+def test_context_parallel_ranks_count_too():
+    with pytest.raises(UserError) as refused:
+        check_layout(ParallelConfig(2, 1, context_parallel_size=3), 8)
+    assert "size 1 x context_parallel_size 3 = 6 does not divide the world of 8 process" in str(refused.value)
+    check_layout(ParallelConfig(2, 2, context_parallel_size=2), 8)
+
+
+def test_chunks_need_a_pipeline():
+    with pytest.raises(UserError, match="parallel.virtual_pipeline_model_parallel_size: .* above 1, found 1"):
+        check_layout(ParallelConfig(2, virtual_pipeline_model_parallel_size=2), 2)
+    check_layout(ParallelConfig(1, 2, virtual_pipeline_model_parallel_size=2), 2)
+
+
+def test_sequence_parallelism_needs_tensor_parallelism():
+    with pytest.raises(UserError, match="parallel.sequence_parallel: .* above 1, found 1"):
+        check_layout(ParallelConfig(sequence_parallel=True), 2)
+    check_layout(ParallelConfig(2, sequence_parallel=True), 2)
+
+
 def test_layouts_that_fit():
     for tp, pp, world in ((1, 1, 1), (1, 1, 7), (2, 1, 2), (2, 2, 8), (1, 4, 4)):
         check_layout(ParallelConfig(tp, pp), world)

@@ -56,10 +56,13 @@ def flat(result) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(
     "operation",
-    ["vocab_parallel_logprob", "ppo_lag_loss", "linear_logprob", "linear_ppo_lag_loss", "shaped_gae", "value_loss"],
+    [
+        "vocab_parallel_logprob", "ppo_lag_loss", "linear_logprob", "linear_ppo_lag_loss", "shaped_gae", "value_loss",
+        "decode_attention",
+    ],  # fmt: skip
 )
 def test_eager_computes_what_the_kernel_does(tool, operation):
-    """Losses, gradients and advantages: of a rival that computes something else, the ratio would mean nothing."""
+    """Losses, gradients, contexts, ...: of a rival that computes something else, the ratio would mean nothing."""
     torch.manual_seed(0)
     shape = tool.SHAPES["tiny"].with_tokens([7])
     cases = list(tool.OPERATIONS[operation](operation, shape, tool.Inputs(torch.device("cpu"), 0), {"eager"}))

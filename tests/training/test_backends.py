@@ -21,7 +21,7 @@ from megatron_safe.models.roles import HEADS, Role
 from megatron_safe.rollout.generate import generate
 from megatron_safe.runtime import start
 from megatron_safe.training.experience import score
-from megatron_safe.training.ppo_lag import learn, make_mix
+from megatron_safe.training.ppo_lag import train
 
 ROWS, LEARNERS = 8, ("actor", "reward_critic", "cost_critic")
 
@@ -50,8 +50,8 @@ def steps(project, runtime):
         )  # fmt: skip
         config = PpoConfig(
             ppo=PpoTrainingConfig(
-                rollout_batch_size=ROWS, mini_batch_size=4, micro_batch_size=2, kl_coeff=0.3, whiten_advantages=True,
-                ptx_coeff=0.5, loss_reduction=reduction, score_clip=2.0, clip_value=0.3,
+                rollout_batch_size=ROWS, mini_batch_size=4, max_tokens_per_micro_batch=24, kl_coeff=0.3,
+                whiten_advantages=True, ptx_coeff=0.5, loss_reduction=reduction, score_clip=2.0, clip_value=0.3,
             ),
             rollout=RolloutConfig(max_new_tokens=7, temperature=0.8),
             precision=precision,
@@ -64,6 +64,7 @@ def steps(project, runtime):
                     optimizer if name in LEARNERS else None, 10,
                 )
                 for seed, name in enumerate(HEADS)
+                if name != "critic"
             }  # fmt: skip
 
         draw = torch.Generator().manual_seed(4)
@@ -78,11 +79,10 @@ def steps(project, runtime):
         for backend in ("torch", "triton"):
             set_backend(backend)
             trained = roles()
-            experience = score(trained, trajectories, config.ppo, config.rollout.temperature)
+            scores = score(trained, trajectories, config.ppo, config.rollout.temperature)
             multiplier = LagrangeMultiplier(0.8, 5.0, 0.3, -0.4, 0, 6, device=runtime.device)
-            multiplier.step(0, experience.costs_B)
-            mix = make_mix(experience, multiplier.value, True, runtime)
-            values = learn(config, trained, experience, mix, demonstrations, 0, runtime)
+            multiplier.step(0, scores.costs_B)
+            experience, values = train(config, trained, scores, multiplier.value, demonstrations, 0, runtime)
             weights = {
                 f"{name}.{key}": parameter.detach().clone()
                 for name in LEARNERS
@@ -113,4 +113,8 @@ def test_in_bf16_they_differ_by_no_more_than_its_roundings(steps):
     found = steps("bf16", True, "sequence")
     (_, lam, values, _), (_, fused_lam, fused_values, _) = found["torch"], found["triton"]
     assert fused_lam == pytest.approx(lam, rel=1e-3)
-    assert fused_values == {name: pytest.approx(value, rel=0.03, abs=0.01) for name, value in values.items()}
+    # A token near the edge of the clip is on one side or the other.
+    at_edge = {"clip_fraction": 0.1}
+    assert fused_values == {
+        name: pytest.approx(value, rel=0.03, abs=at_edge.get(name, 0.01)) for name, value in values.items()
+    }

@@ -1,4 +1,4 @@
-"""`score` against the same made from full forwards of each row alone and Python loops in float64.
+"""`score` and `estimate` against the same made from full forwards of each row alone and Python loops in float64.
 
 Legend: B rows, L tokens, T = L - 1 actions (column t predicts token t + 1).
 """
@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 import torch
+from whole_rows import outputs
 
 from megatron_safe.config import ModelConfig, ParallelConfig, PpoTrainingConfig, RolloutConfig
 from megatron_safe.data.batches import collate
@@ -14,14 +15,17 @@ from megatron_safe.kernels.shaped_gae import ShapedGae
 from megatron_safe.models.roles import Role
 from megatron_safe.rollout.generate import generate
 from megatron_safe.runtime import start
-from megatron_safe.training.experience import Experience, score
+from megatron_safe.training.experience import Experience, estimate, score
 
 VOCABULARY, PAD, NEVER = 21, 3, -1
 MODEL = ModelConfig(
     num_layers=1, hidden_size=32, ffn_hidden_size=40, num_attention_heads=4, num_query_groups=2,
     max_sequence_length=64, vocab_multiple=8, init_std=0.4,
 )  # fmt: skip
-CONFIG = PpoTrainingConfig(kl_coeff=0.3, gamma=0.9, gae_lambda=0.8, missing_eos_penalty=0.7, score_micro_batch_size=2)
+CONFIG = PpoTrainingConfig(  # two updates a rollout batch, for which critics are scored beforehand
+    mini_batch_size=32, max_tokens_per_score_micro_batch=20, kl_coeff=0.3, gamma=0.9, gae_lambda=0.8,
+    missing_eos_penalty=0.7,
+)  # fmt: skip
 NAMES = ("actor", "reference", "reward_model", "cost_model", "reward_critic", "cost_critic")
 
 
@@ -53,9 +57,7 @@ def reference(roles, trajectories, config, temperature) -> dict[str, list]:
         with torch.no_grad():
             if name not in roles:
                 return None
-            module = roles[name].module
-            output = module(torch.tensor([tokens]))
-            return (module.logits(output)[:, 0] if module.head == "language" else output[0]).double()
+            return outputs(roles[name].module, torch.tensor([tokens]))[0].double()
 
     batch, width = trajectories.batch, trajectories.log_probs_BT.size(1)
     fields = (*(field.name for field in dataclasses.fields(Experience)), *ShapedGae._fields)
@@ -91,7 +93,8 @@ def reference(roles, trajectories, config, temperature) -> dict[str, list]:
 
 
 def compare(roles, trajectories, config=CONFIG, temperature=1.0):
-    experience = score(roles, trajectories, config, temperature)
+    scores = score(roles, trajectories, config, temperature)
+    experience = estimate(scores, scores.values_2BT, config)
     assert experience.trajectories is trajectories
     for name, expected in reference(roles, trajectories, config, temperature).items():
         found = getattr(experience, name, None)
@@ -126,10 +129,10 @@ def test_ragged_answers(roles, common_eos, temperature, score_clip):
     assert (experience.gae.reward_advantages_BT[mask_BT] != experience.gae.cost_advantages_BT[mask_BT]).all()
 
 
-@pytest.mark.parametrize("size", [1, 3, 64])
-def test_how_many_rows_at_a_time_does_not_matter(roles, common_eos, size):
+@pytest.mark.parametrize("size", [1, 30, 1000])
+def test_how_many_tokens_at_a_time_does_not_matter(roles, common_eos, size):
     trajectories = roll_out(roles, [1, 4, 7, 2, 5], eos=common_eos)
-    compare(roles, trajectories, dataclasses.replace(CONFIG, score_micro_batch_size=size))
+    compare(roles, trajectories, dataclasses.replace(CONFIG, max_tokens_per_score_micro_batch=size))
 
 
 def test_all_answers_are_eos_alone(roles):

@@ -18,7 +18,7 @@ EXPECTED = {
         "actor_loss", "ptx_loss", "entropy", "clip_fraction", "approximate_kl", "actor_grad_norm", "actor_lr",
         "actor_skipped", "reward_critic_value_loss", "reward_critic_grad_norm", "reward_critic_skipped",
         "cost_critic_value_loss", "cost_critic_grad_norm", "cost_critic_skipped", "reward", "cost", "kl", "length",
-        "ended", "red_team_cost", "lambda", "threshold", "j_c",
+        "ended", "red_team_cost", "lambda", "threshold", "j_c", "rollout_kl",
     },
 }  # fmt: skip
 STEPS = {"sft": 4, "reward": 4, "cost": 4, "ppo-lag": 2, "ppo-lag-token": 1}

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from whole_rows import outputs
 
 from megatron_safe.config import ModelConfig, OptimizerConfig, ParallelConfig, PpoTrainingConfig
 from megatron_safe.data.batches import TokenBatch, collate
@@ -25,7 +26,7 @@ MODEL = ModelConfig(
 )  # fmt: skip
 # No step and no clipping: the gradient stays where it is, to be read.
 STILL = OptimizerConfig(lr=0.0, clip_grad=0.0, schedule="constant")
-CONFIG = PpoTrainingConfig(micro_batch_size=1, clip_ratio=0.2, clip_value=0.5)
+CONFIG = PpoTrainingConfig(max_tokens_per_micro_batch=1, clip_ratio=0.2, clip_value=0.5)
 LAMBDA = 0.75
 # (prompt tokens, answer tokens): an ordinary row, one action, a long one, all but one token prompt.
 SHAPES = [(3, 5), (4, 1), (1, 7), (6, 2)]
@@ -56,17 +57,19 @@ def draw_rows(shapes, seed=0) -> TokenBatch:
 
 def log_probs_and_entropies(actor, row, temperature):
     """[T] each, with a graph, of one row alone."""
-    hidden_Lbh = actor.module(torch.tensor([row]))
-    logits_TV = actor.module.logits(hidden_Lbh)[:-1, 0, :VOCABULARY]
+    logits_TV = outputs(actor.module, torch.tensor([row]))[0, :-1, :VOCABULARY]
     log_p_TV = torch.log_softmax(logits_TV.double() / temperature, dim=1)
     picked_T = log_p_TV.gather(1, torch.tensor(row[1:])[:, None])[:, 0]
     return picked_T, -(log_p_TV.exp() * log_p_TV).sum(dim=1)
 
 
-def make_experience(batch: TokenBatch, log_probs_BT=None, advantages_BT=None) -> Experience:
+def make_experience(
+    batch: TokenBatch, log_probs_BT=None, advantages_BT=None, old_values_BT=None, returns_BT=None
+) -> Experience:
     """Only what the steps read; the rest is NaN, to be noticed where it is not only carried along.
 
     advantages_BT: what the advantages of reward and cost shall mix to at λ = LAMBDA.
+    old_values_BT, returns_BT: the cost critic's.
     """
     nothing = torch.full((len(batch), batch.tokens_BL.size(1) - 1), math.nan)
     reward_BT = cost_BT = nothing
@@ -77,8 +80,9 @@ def make_experience(batch: TokenBatch, log_probs_BT=None, advantages_BT=None) ->
         batch, nothing if log_probs_BT is None else log_probs_BT, torch.ones(len(batch), dtype=torch.bool)
     )
     fields = {field.name: nothing for field in dataclasses.fields(Experience)}
-    gae = ShapedGae(reward_BT, cost_BT, nothing, nothing, nothing)
-    return Experience(**fields | {"trajectories": trajectories, "gae": gae})
+    gae = ShapedGae(reward_BT, cost_BT, nothing, nothing if returns_BT is None else returns_BT, nothing)
+    values_BT = nothing if old_values_BT is None else old_values_BT
+    return Experience(**fields | {"trajectories": trajectories, "cost_values_BT": values_BT, "gae": gae})
 
 
 def actor_experience(actor, batch, temperature=1.0, seed=2):
@@ -159,9 +163,9 @@ def test_actor_gradient_of_one_sample(actor, shape, temperature):
 
 
 @pytest.mark.parametrize("reduction", ["sequence", "token"])
-@pytest.mark.parametrize("micro", [1, 2, 4])
-def test_actor_gradient_of_a_batch_with_every_kind_of_clipping(actor, reduction, micro):
-    config = dataclasses.replace(CONFIG, loss_reduction=reduction, micro_batch_size=micro)
+@pytest.mark.parametrize("tokens", [1, 12, 100])
+def test_actor_gradient_of_a_batch_with_every_kind_of_clipping(actor, reduction, tokens):
+    config = dataclasses.replace(CONFIG, loss_reduction=reduction, max_tokens_per_micro_batch=tokens)
     experience, advantages_BT = actor_experience(actor, draw_rows(SHAPES))
     normalizer = 4.0 if reduction == "sequence" else float(experience.trajectories.mask_BT.sum())
     step_actor(actor, experience, slice(0, 4), config, normalizer=normalizer)
@@ -220,7 +224,7 @@ def test_what_stands_outside_the_answers_does_not_matter(actor):
 
 @pytest.mark.parametrize("coefficient", [0.5, 4.0])
 def test_ptx_adds_the_loss_on_demonstrations(actor, coefficient):
-    config = dataclasses.replace(CONFIG, ptx_coeff=coefficient, micro_batch_size=2)
+    config = dataclasses.replace(CONFIG, ptx_coeff=coefficient, max_tokens_per_micro_batch=12)
     experience, advantages_BT = actor_experience(actor, draw_rows(SHAPES))
     demonstrations = draw_rows([(2, 6), (5, 1)], seed=8)
     values = step_actor(actor, experience, slice(0, 4), config, temperature=1.0, ptx=demonstrations)
@@ -289,7 +293,7 @@ def expected_value_loss(critic, experience, old_BT, returns_BT, rows, config, no
     batch, total, kinds = experience.trajectories.batch, 0.0, set()
     for row in rows:
         length, prompt = int(batch.lengths_B[row]), int(batch.prompt_lengths_B[row])
-        values_T = critic.module(batch.tokens_BL[row : row + 1, : length - 1])[0].double()
+        values_T = outputs(critic.module, batch.tokens_BL[row : row + 1, : length - 1])[0].double()
         losses = []
         for t in range(prompt - 1, length - 1):
             old, target = float(old_BT[row, t]), float(returns_BT[row, t])
@@ -306,16 +310,21 @@ def critic_targets(critic, batch, seed=8):
     """Old values on both sides of the critic's, within and beyond the clip; returns on both sides too."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        values_BT = critic.module(batch.tokens_BL[:, :-1])
+        values_BT = outputs(critic.module, batch.tokens_BL[:, :-1])
     noise_2BT = torch.randn((2, *values_BT.shape), generator=generator)
     return values_BT + 0.8 * noise_2BT[0], values_BT + noise_2BT[1]
+
+
+def step_critic(critic, batch, old_BT, returns_BT, rows, config, normalizer):
+    experience = make_experience(batch, old_values_BT=old_BT, returns_BT=returns_BT)
+    return critic_step(critic, experience, rows, config, normalizer)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 1)])
 def test_critic_gradient_of_one_sample(critic, shape):
     batch = draw_rows([shape])
     old_BT, returns_BT = critic_targets(critic, batch)
-    values = critic_step(critic, make_experience(batch), old_BT, returns_BT, slice(0, 1), CONFIG, 1.0)
+    values = step_critic(critic, batch, old_BT, returns_BT, slice(0, 1), CONFIG, 1.0)
     loss, _ = expected_value_loss(critic, make_experience(batch), old_BT, returns_BT, [0], CONFIG, 1.0)
     norm = check_gradients(critic, loss)
     assert values == {
@@ -326,13 +335,13 @@ def test_critic_gradient_of_one_sample(critic, shape):
 
 
 @pytest.mark.parametrize("reduction", ["sequence", "token"])
-@pytest.mark.parametrize("micro", [1, 4])
-def test_critic_gradient_of_a_batch_with_clipping_on_both_sides(critic, reduction, micro):
-    config = dataclasses.replace(CONFIG, loss_reduction=reduction, micro_batch_size=micro)
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_critic_gradient_of_a_batch_with_clipping_on_both_sides(critic, reduction, tokens):
+    config = dataclasses.replace(CONFIG, loss_reduction=reduction, max_tokens_per_micro_batch=tokens)
     batch = draw_rows(SHAPES)
     old_BT, returns_BT = critic_targets(critic, batch)
     normalizer = 4.0 if reduction == "sequence" else float(batch.response_mask_BT.sum())
-    critic_step(critic, make_experience(batch), old_BT, returns_BT, slice(0, 4), config, normalizer)
+    step_critic(critic, batch, old_BT, returns_BT, slice(0, 4), config, normalizer)
     loss, kinds = expected_value_loss(critic, make_experience(batch), old_BT, returns_BT, range(4), config, normalizer)
     assert kinds == {-1, 0, 1}
     check_gradients(critic, loss)
@@ -341,7 +350,7 @@ def test_critic_gradient_of_a_batch_with_clipping_on_both_sides(critic, reductio
 def test_only_the_critics_rows_asked_for_count(critic):
     batch = draw_rows(SHAPES)
     old_BT, returns_BT = critic_targets(critic, batch)
-    values = critic_step(critic, make_experience(batch), old_BT, returns_BT, slice(2, 4), CONFIG, 2.0)
+    values = step_critic(critic, batch, old_BT, returns_BT, slice(2, 4), CONFIG, 2.0)
     loss, _ = expected_value_loss(critic, make_experience(batch), old_BT, returns_BT, [2, 3], CONFIG, 2.0)
     assert values["cost_critic_value_loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
     check_gradients(critic, loss)

@@ -16,6 +16,7 @@ USAGE = f"""usage: megatron-safe STAGE [--config run.yaml] [--section.field valu
 
 stages: {", ".join(STAGES)}
 `megatron-safe STAGE --help` lists every setting of a stage.
+`megatron-safe plan STAGE ... --machine FILE.json --world_size N` prints its memory and time on paper.
 Start under torchrun for more than one process: torchrun --nproc-per-node 8 -m megatron_safe.cli STAGE ..."""
 
 
@@ -91,6 +92,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if arguments else 2
     stage, *rest = arguments
     try:
+        if stage == "plan":
+            from megatron_safe.planning import report
+
+            report.main(rest, parse)
+            return 0
         if stage not in STAGES:
             raise UserError(f"stage: expected one of {', '.join(STAGES)}, found {stage!r}")
         config = parse(stage, rest)

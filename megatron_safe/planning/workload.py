@@ -13,6 +13,7 @@ from megatron_safe.models.llama import Head, architecture, check_model_fits, pad
 from megatron_safe.models.roles import HEADS, VALUES
 from megatron_safe.planning.layout import Layout
 from megatron_safe.training.checkpoint import Checkpoint, source_for
+from megatron_safe.training.setup import ppo_roles
 
 PPO = ("ppo-lag", "ppo", "ppo-reward-shaping")
 SUPERVISED = ("sft", "reward", "cost")
@@ -134,21 +135,7 @@ def workload_of(config: StageConfig, stage: str, layout: Layout, expected: Expec
 
 def _ppo(config: PpoConfig, stage: str, expected: Expected) -> Workload:
     tokenizer_size = _vocab_size(config, expected)
-    wanted = {
-        "actor": (config.actor, config.actor_optimizer),
-        "reference": (config.reference or config.actor, None),
-        "reward_model": (config.reward_model, None),
-        "cost_model": (config.cost_model, None),
-        "reward_critic": (config.reward_critic or config.reward_model, config.critic_optimizer),
-        "cost_critic": (config.cost_critic or config.cost_model, config.critic_optimizer),
-    }
-    if config.critics == "shared":
-        del wanted["reward_critic"], wanted["cost_critic"]
-        wanted["critic"] = config.critic or config.reward_model, config.critic_optimizer
-    elif stage == "ppo":
-        del wanted["cost_critic"]
-    if stage == "ppo" and config.cost_model.checkpoint is None:
-        del wanted["cost_model"]
+    wanted = ppo_roles(config, stage)
     roles = tuple(_role(name, model, optimizer, tokenizer_size) for name, (model, optimizer) in wanted.items())
     ppo, rollout = config.ppo, config.rollout
     return Workload(

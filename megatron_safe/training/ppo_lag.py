@@ -28,7 +28,7 @@ from megatron_safe.training.off_policy import verify
 from megatron_safe.training.ppo_steps import Mix, actor_step, critic_step, critic_step_with_values
 from megatron_safe.training.prompts import PromptStream
 from megatron_safe.training.run import Run, check_batch
-from megatron_safe.training.setup import build_role, resolve_role
+from megatron_safe.training.setup import build_role, ppo_roles, resolve_role
 
 Algorithm = Literal["ppo-lag", "ppo", "ppo-reward-shaping"]
 WHITEN_EPSILON = 1e-8  # added to the variance
@@ -147,31 +147,17 @@ def ptx_dataset(config: PpoConfig, tokenizer: Tokenizer) -> DemonstrationDataset
 def make_roles(
     config: PpoConfig, algorithm: Algorithm, tokenizer: Tokenizer, runtime: Runtime, folder: Run
 ) -> dict[str, Role]:
-    """The six roles (five with a shared critic or for `ppo`, four without a cost model); critics start from models."""
+    """The roles of the stage, filled."""
     ppo = config.ppo
     updates = ppo.steps * ppo.epochs * (ppo.rollout_batch_size // ppo.mini_batch_size)
     longest = config.rollout.max_prompt_length + config.rollout.max_new_tokens
-    wanted = {
-        "actor": (config.actor, config.actor_optimizer),
-        "reference": (config.reference or config.actor, None),
-        "reward_model": (config.reward_model, None),
-        "cost_model": (config.cost_model, None),
-        "reward_critic": (config.reward_critic or config.reward_model, config.critic_optimizer),
-        "cost_critic": (config.cost_critic or config.cost_model, config.critic_optimizer),
-        "critic": (config.critic or config.reward_model, config.critic_optimizer),
-    }
-    for name in ("reward_critic", "cost_critic") if config.critics == "shared" else ("critic",):
-        del wanted[name]
+    wanted = ppo_roles(config, algorithm)
     learners = [name for name, (_, optimizer) in wanted.items() if optimizer is not None]
     if folder.resume is not None and set(learners) - folder.resume.roles.keys():
         raise UserError(
             f"critics: expected those of the run in {folder.folder}, which trains {', '.join(folder.resume.roles)}; "
             f"found {config.critics}"
         )
-    if algorithm == "ppo":
-        del wanted["cost_critic"]  # its advantages would count for nothing
-        if config.cost_model.checkpoint is None:
-            del wanted["cost_model"]
     # All are looked at before the first is built: a wrong path in the last must not cost minutes.
     plans = {}
     for name, (model, _) in wanted.items():

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_safe.config import ModelConfig, OptimizerConfig
+from megatron_safe.config import ModelConfig, OptimizerConfig, PpoConfig
 from megatron_safe.data.tokenizer import Tokenizer, check_special_tokens
 from megatron_safe.errors import UserError
 from megatron_safe.huggingface import loading
@@ -19,6 +19,25 @@ from megatron_safe.training.checkpoint import Checkpoint, source_for
 
 # A role may be filled from any of these; a fresh one has none.
 Source = Checkpoint | HuggingFaceModel
+
+
+def ppo_roles(config: PpoConfig, algorithm: str) -> dict[str, tuple[ModelConfig, OptimizerConfig | None]]:
+    """The roles of a PPO stage by name: what they start from, and how they learn (None: not at all). Six, five with a
+    shared critic or for `ppo`, four without a cost model; critics start from models."""
+    wanted = {
+        "actor": (config.actor, config.actor_optimizer),
+        "reference": (config.reference or config.actor, None),
+        "reward_model": (config.reward_model, None),
+        "cost_model": (config.cost_model, None),
+    }
+    if config.critics == "shared":
+        return wanted | {"critic": (config.critic or config.reward_model, config.critic_optimizer)}
+    wanted["reward_critic"] = config.reward_critic or config.reward_model, config.critic_optimizer
+    if algorithm != "ppo":  # where a cost critic's advantages would count for nothing
+        wanted["cost_critic"] = config.cost_critic or config.cost_model, config.critic_optimizer
+    elif config.cost_model.checkpoint is None:
+        del wanted["cost_model"]
+    return wanted
 
 
 @dataclass(frozen=True)

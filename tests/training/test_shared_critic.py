@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_safe.cli import parse, run_stage
-from megatron_safe.config import ModelConfig, OptimizerConfig, ParallelConfig, PpoConfig, PpoTrainingConfig
+from megatron_safe.config import ModelConfig, OptimizerConfig, PpoConfig, PpoTrainingConfig
 from megatron_safe.data.batches import collate
 from megatron_safe.data.tokenizer import load_tokenizer
 from megatron_safe.errors import UserError
@@ -24,7 +24,6 @@ from megatron_safe.kernels.shaped_gae import ShapedGae
 from megatron_safe.models.packing import Sequences, pack
 from megatron_safe.models.roles import Role
 from megatron_safe.rollout.generate import Trajectories
-from megatron_safe.runtime import start
 from megatron_safe.training import checkpoint
 from megatron_safe.training.experience import Experience, read_values
 from megatron_safe.training.ppo_lag import check
@@ -41,12 +40,6 @@ MODEL = ModelConfig(
 STILL = OptimizerConfig(lr=0.0, clip_grad=0.0, schedule="constant")
 MOVING = OptimizerConfig(lr=1e-2, schedule="constant")
 SHAPES = [(3, 5), (4, 1), (1, 7), (6, 2)]  # (prompt tokens, answer tokens)
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    with start(ParallelConfig(), 0) as runtime:
-        yield runtime
 
 
 @pytest.fixture(scope="module")
@@ -277,3 +270,11 @@ def test_a_run_keeps_its_critics(runs, project, runtime):
     config = parse("ppo-lag", project.arguments("ppo-lag", runs / "stopped", "one", *more, models=runs))
     with pytest.raises(UserError, match="critics: expected those of .*, which trains actor, critic; found separate"):
         run_stage("ppo-lag", config, runtime)
+
+
+def test_reward_alone_goes_on_without_a_cost_critic(runs, project, runtime, metrics_of):
+    for out, more in (("reward-alone", ()), ("stopped-alone", ("--run.stop_after=1",))):
+        run_stage("ppo", parse("ppo", project.arguments("ppo-lag", runs / out, "one", *more, models=runs)), runtime)
+    again = project.arguments("ppo-lag", runs / "stopped-alone", "one", "--run.resume=auto", models=runs)
+    run_stage("ppo", parse("ppo", again), runtime)
+    assert metrics_of(runs / "stopped-alone") == metrics_of(runs / "reward-alone")

@@ -21,6 +21,13 @@ def _uses_blocks(weight: torch.Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
+def _blocks_of(weight: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TYPICAL_ROWS)
+
+
+_TYPICAL_ROWS = 64  # blocks that suit so many suit others as well
+
+
 class _Linear:
     """x -> x @ weight.T + bias.
 
@@ -32,9 +39,7 @@ class _Linear:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
         weight = weight.detach()
         self._blocks = _uses_blocks(weight)
-        if self._blocks:
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TYPICAL_ROWS)
-        self._weight, self._bias = weight, bias
+        self._weight, self._bias = _blocks_of(weight) if self._blocks else weight, bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._blocks:
@@ -54,7 +59,7 @@ class _SwiGlu:
     def __init__(self, weight: torch.Tensor):
         self._weight, self._blocks = weight.detach(), _uses_blocks(weight)
         if self._blocks:
-            self._gate, self._up = (_Linear(half)._weight for half in weight.chunk(2))
+            self._gate, self._up = map(_blocks_of, self._weight.chunk(2))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._blocks:
@@ -62,9 +67,6 @@ class _SwiGlu:
             return torch.ops.mkldnn._linear_pointwise.binary(x, gated, self._up, None, "mul")
         gate, up = F.linear(x, self._weight).chunk(2, dim=1)
         return F.silu(gate).mul_(up)
-
-
-_TYPICAL_ROWS = 64  # blocks that suit so many suit others as well
 
 
 class _Norm:
@@ -112,7 +114,6 @@ class Decoder:
         """positions: as many as any sample may have."""
         config = module.config
         self.dtype, self.device = config.params_dtype, next(module.parameters()).device
-        self.hidden_size = config.hidden_size
         self._tp = module.pg_collection.tp
         self._eps = config.layernorm_epsilon
         self._groups = config.num_query_groups // config.tensor_model_parallel_size

@@ -13,6 +13,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from megatron_safe.config import ParallelConfig
+from megatron_safe.runtime import start
+
 if not torch.cuda.is_available():
     # Triton's interpreter stands in for a GPU. Here, because triton looks once: when the first kernel is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -58,6 +61,13 @@ def torchrun(processes: int, program: str, *arguments: str) -> None:
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-8000:]
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    """One process, started in this one."""
+    with start(ParallelConfig(), 0) as runtime:
+        yield runtime
 
 
 @pytest.fixture(scope="session", name="torchrun")

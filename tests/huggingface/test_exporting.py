@@ -18,14 +18,13 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from whole_rows import outputs
 
-from megatron_safe.config import ModelConfig, ParallelConfig
+from megatron_safe.config import ModelConfig
 from megatron_safe.errors import UserError
 from megatron_safe.huggingface.exporting import Export
 from megatron_safe.huggingface.importing import Import
 from megatron_safe.huggingface.loading import HuggingFaceModel
 from megatron_safe.models.llama import architecture
 from megatron_safe.models.roles import Role
-from megatron_safe.runtime import start
 from megatron_safe.training import checkpoint
 
 VOCABULARY = 131
@@ -33,12 +32,6 @@ MODEL = ModelConfig(
     num_layers=2, hidden_size=32, ffn_hidden_size=44, num_attention_heads=4, num_query_groups=2,
     max_sequence_length=64, vocab_multiple=16, init_std=0.2,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    with start(ParallelConfig(), 0) as runtime:
-        yield runtime
 
 
 @pytest.fixture(scope="module")

@@ -12,21 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from whole_rows import outputs
 
-from megatron_safe.config import ModelConfig, ParallelConfig
+from megatron_safe.config import ModelConfig
 from megatron_safe.errors import UserError
 from megatron_safe.huggingface import loading
 from megatron_safe.huggingface.distcp import Reader
 from megatron_safe.huggingface.importing import Import, narrowed
 from megatron_safe.huggingface.loading import HuggingFaceModel
 from megatron_safe.models.roles import Role
-from megatron_safe.runtime import start
 from megatron_safe.training import checkpoint
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    with start(ParallelConfig(), 0) as runtime:
-        yield runtime
 
 
 @pytest.fixture

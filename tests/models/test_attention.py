@@ -8,12 +8,11 @@ import math
 import pytest
 import torch
 
-from megatron_safe.config import ModelConfig, ParallelConfig
+from megatron_safe.config import ModelConfig
 from megatron_safe.models.attention import packed_attention
 from megatron_safe.models.llama import build
 from megatron_safe.models.packing import Pack, Sequences, pack
 from megatron_safe.models.rope import rotate, rotation
-from megatron_safe.runtime import start
 
 LENGTHS = [5, 2, 2, 1, 9, 2]
 HEADS = [(4, 4), (4, 2), (6, 1)]
@@ -140,12 +139,6 @@ MODEL = ModelConfig(
     qkv_bias=True, max_sequence_length=32, vocab_multiple=8, init_std=0.3,
 )  # fmt: skip
 ROWS = [6, 1, 11, 6, 3]
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    with start(ParallelConfig(), 0) as runtime:
-        yield runtime
 
 
 def sequences(read_BS=None):

@@ -10,24 +10,17 @@ import pytest
 import torch
 from whole_rows import outputs
 
-from megatron_safe.config import ModelConfig, ParallelConfig
+from megatron_safe.config import ModelConfig
 from megatron_safe.errors import UserError
 from megatron_safe.models.llama import architecture, build, check_model_fits, padded_vocab_size
 from megatron_safe.models.packing import Sequences, pack
 from megatron_safe.models.rope import rope_frequencies
-from megatron_safe.runtime import start
 
 VOCABULARY = 21
 MODEL = ModelConfig(
     num_layers=2, hidden_size=32, ffn_hidden_size=40, num_attention_heads=4, num_query_groups=2, rotary_base=500.0,
     norm_epsilon=1e-3, max_sequence_length=32, vocab_multiple=8, init_std=0.2,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    with start(ParallelConfig(), 0) as runtime:
-        yield runtime
 
 
 def build_random(model, runtime, head="language", precision="fp32", seed=0):

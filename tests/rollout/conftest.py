@@ -1,15 +1,7 @@
 import pytest
 from rollouts import MODEL, VOCABULARY
 
-from megatron_safe.config import ParallelConfig
 from megatron_safe.models.roles import Role
-from megatron_safe.runtime import start
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    with start(ParallelConfig(), 0) as runtime:
-        yield runtime
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from megatron_safe.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_safe.config import ModelConfig, OptimizerConfig
 from megatron_safe.errors import UserError
 from megatron_safe.models.roles import Role
-from megatron_safe.runtime import start
 from megatron_safe.training import checkpoint
 from megatron_safe.training.pickles import check_index
 from megatron_safe.training.setup import resolve_model
@@ -22,12 +21,6 @@ VOCABULARY = 11
 MODEL = ModelConfig(
     num_layers=1, hidden_size=16, ffn_hidden_size=16, num_attention_heads=2, max_sequence_length=16, vocab_multiple=8
 )
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    with start(ParallelConfig(), 0) as runtime:
-        yield runtime
 
 
 @pytest.fixture(scope="module")

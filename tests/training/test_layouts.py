@@ -4,11 +4,8 @@ import json
 import math
 
 import pytest
+from metrics_close import ABSOLUTE, assert_metrics_close
 
-RELATIVE = 2e-5
-"""fp32 sums in another order; measured: 1.1e-5 at worst, after a few optimizer steps."""
-ABSOLUTE = 3e-6
-"""For metrics that are differences of near-equal numbers (KL, the mean of whitened advantages)."""
 ELSEWHERE = ["tp2", "pp2", "dp2", "tp2pp2"]
 EXPECTED = {
     "sft": {"loss", "tokens", "grad_norm", "lr", "skipped"},
@@ -24,29 +21,17 @@ EXPECTED = {
 STEPS = {"sft": 4, "reward": 4, "cost": 4, "ppo-lag": 2, "ppo-lag-token": 1}
 
 
-def assert_close(found: list[dict], wanted: list[dict], relative=RELATIVE, absolute=ABSOLUTE) -> None:
-    assert len(found) == len(wanted)
-    for one, other in zip(found, wanted, strict=True):
-        assert one.keys() == other.keys()
-        wrong = {
-            name: (one[name], other[name])
-            for name in one
-            if not math.isclose(one[name], other[name], rel_tol=relative, abs_tol=absolute)
-        }
-        assert not wrong, f"step {one['step']}: {wrong}"
-
-
 @pytest.mark.parametrize("run", STEPS)
 @pytest.mark.parametrize("layout", ELSEWHERE)
 def test_metrics_equal_those_of_one_process(finished, metrics_of, layout, run):
-    assert_close(metrics_of(finished(layout) / run), metrics_of(finished("one") / run))
+    assert_metrics_close(metrics_of(finished(layout) / run), metrics_of(finished("one") / run))
 
 
 @pytest.mark.parametrize("layout", ELSEWHERE)
 @pytest.mark.parametrize("which", ["reward", "cost"])
 def test_held_out_accuracies_equal_those_of_one_process(finished, layout, which):
     found, wanted = (json.loads((finished(name) / which / "eval.json").read_text()) for name in (layout, "one"))
-    assert_close([{"step": 0, **found}], [{"step": 0, **wanted}])
+    assert_metrics_close([{"step": 0, **found}], [{"step": 0, **wanted}])
 
 
 @pytest.mark.parametrize("layout", ELSEWHERE)
@@ -76,7 +61,7 @@ def test_the_reference_run_is_worth_comparing_with(finished, metrics_of):
 
 @pytest.mark.parametrize("layout", ["tp2", "dp2"])
 def test_distributed_optimizer_trains_as_the_plain_one(finished, metrics_of, layout):
-    assert_close(metrics_of(finished(layout) / "distributed"), metrics_of(finished("one") / "sft"))
+    assert_metrics_close(metrics_of(finished(layout) / "distributed"), metrics_of(finished("one") / "sft"))
 
 
 def test_bf16_is_near_fp32(finished, metrics_of):

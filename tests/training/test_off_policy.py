@@ -10,14 +10,13 @@ import pytest
 import torch
 from whole_rows import outputs
 
-from megatron_safe.config import ModelConfig, OptimizerConfig, ParallelConfig, PpoConfig, PpoTrainingConfig
+from megatron_safe.config import ModelConfig, OptimizerConfig, PpoConfig, PpoTrainingConfig
 from megatron_safe.data.batches import collate
 from megatron_safe.errors import UserError
 from megatron_safe.kernels.shaped_gae import ShapedGae
 from megatron_safe.models.roles import Role
 from megatron_safe.ranges import check_ranges
 from megatron_safe.rollout.generate import Trajectories
-from megatron_safe.runtime import start
 from megatron_safe.training.experience import Experience, answer_log_probs
 from megatron_safe.training.off_policy import verify
 from megatron_safe.training.ppo_lag import learn
@@ -31,12 +30,6 @@ MODEL = ModelConfig(
 STILL = OptimizerConfig(lr=0.0, clip_grad=0.0, schedule="constant")
 SHAPES = [(3, 5), (4, 1), (1, 7), (6, 2)]  # (prompt tokens, answer tokens)
 LAMBDA = torch.tensor(0.75, dtype=torch.float64)
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    with start(ParallelConfig(), 0) as runtime:
-        yield runtime
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ In every layout: the numbers of both orders, and those of one process.
 """
 
 import json
-import math
 
 import pytest
+from metrics_close import assert_metrics_close
 
 from megatron_safe.cli import parse, run_stage
 from megatron_safe.config import ParallelConfig
@@ -50,24 +50,13 @@ def orders(torchrun, tmp_path_factory):
     return run
 
 
-def assert_close(found: list[dict], wanted: list[dict]) -> None:
-    for one, other in zip(found, wanted, strict=True):
-        assert one.keys() == other.keys()
-        wrong = {
-            name: (one[name], other[name])
-            for name in one
-            if not math.isclose(one[name], other[name], rel_tol=2e-5, abs_tol=3e-6)
-        }
-        assert not wrong
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_both_orders_give_the_same_numbers_and_weights(orders, layout, case):
     found = orders(layout)[case]
-    assert_close(found["at once"], found["apart"])
+    assert_metrics_close(found["at once"], found["apart"])
     assert found["weights"] < 5e-6  # of steps of 5e-3
-    assert_close(found["at once"], orders("one")[case]["apart"])
+    assert_metrics_close(found["at once"], orders("one")[case]["apart"])
 
 
 def test_the_runs_are_worth_comparing(orders):
@@ -101,4 +90,4 @@ def test_a_stage_takes_the_forward_less_by_itself(project, metrics_of, tmp_path,
         monkeypatch.setattr(experience, "single_update", lambda config: False)
         run(stage, "apart", "--ppo.mini_batch_size=16")
         assert len(read) == 2
-    assert_close(metrics_of(tmp_path / "at-once"), metrics_of(tmp_path / "apart"))
+    assert_metrics_close(metrics_of(tmp_path / "at-once"), metrics_of(tmp_path / "apart"))

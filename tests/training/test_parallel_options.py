@@ -2,11 +2,11 @@
 losses, gradient norms, scores, before and after a resume."""
 
 import json
-import math
 
 import pytest
 import torch
 from megatron.core.transformer.mlp import MLP
+from metrics_close import assert_metrics_close
 
 from megatron_safe.config import ModelConfig, ParallelConfig
 from megatron_safe.models.attention import PackedCoreAttention
@@ -14,7 +14,6 @@ from megatron_safe.models.llama import build
 from megatron_safe.models.packing import Sequences, pack
 from megatron_safe.runtime import start
 
-RELATIVE, ABSOLUTE = 2e-5, 3e-6  # those of test_layouts.py
 # Biases, norms of heads and a vocabulary matrix of its own each have their gradient reduced in another way.
 PLAIN = {
     "sft": ("sft", ["--model.num_layers=4"]),
@@ -127,34 +126,22 @@ def finished(launch, plain):
     return run
 
 
-def assert_close(found: list[dict], wanted: list[dict]) -> None:
-    assert len(found) == len(wanted)
-    for one, other in zip(found, wanted, strict=True):
-        assert one.keys() == other.keys()
-        wrong = {
-            name: (one[name], other[name])
-            for name in one
-            if not math.isclose(one[name], other[name], rel_tol=RELATIVE, abs_tol=ABSOLUTE)
-        }
-        assert not wrong, wrong
-
-
 EVERY = [(count, name) for count, runs in OPTIONS.items() for name in runs]
 
 
 @pytest.mark.parametrize("processes, name", EVERY)
 def test_an_option_changes_no_number(finished, plain, metrics_of, processes, name):
     of = name.split()[0]
-    assert_close(metrics_of(finished(processes) / name), metrics_of(plain / of))
+    assert_metrics_close(metrics_of(finished(processes) / name), metrics_of(plain / of))
     if of == "reward":
         folders = finished(processes) / name, plain / of
         found, wanted = (json.loads((folder / "eval.json").read_text()) for folder in folders)
-        assert_close([found], [wanted])
+        assert_metrics_close([found], [wanted])
 
 
 @pytest.mark.parametrize("processes, name", [each for each in EVERY if each[1] in RESUMED])
 def test_it_goes_on_where_it_was_stopped(finished, metrics_of, processes, name):
-    assert_close(metrics_of(finished(processes) / f"resumed {name}"), metrics_of(finished(processes) / name))
+    assert_metrics_close(metrics_of(finished(processes) / f"resumed {name}"), metrics_of(finished(processes) / name))
 
 
 @pytest.mark.parametrize("kind, attentions, mlps", [("none", 3, 3), ("selective", 6, 3), ("full", 6, 6)])

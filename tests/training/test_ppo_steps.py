@@ -10,12 +10,11 @@ import pytest
 import torch
 from whole_rows import outputs
 
-from megatron_safe.config import ModelConfig, OptimizerConfig, ParallelConfig, PpoTrainingConfig
+from megatron_safe.config import ModelConfig, OptimizerConfig, PpoTrainingConfig
 from megatron_safe.data.batches import TokenBatch, collate
 from megatron_safe.kernels.shaped_gae import ShapedGae
 from megatron_safe.models.roles import Role
 from megatron_safe.rollout.generate import Trajectories
-from megatron_safe.runtime import start
 from megatron_safe.training.experience import Experience
 from megatron_safe.training.ppo_steps import Mix, actor_step, critic_step
 
@@ -30,12 +29,6 @@ CONFIG = PpoTrainingConfig(max_tokens_per_micro_batch=1, clip_ratio=0.2, clip_va
 LAMBDA = 0.75
 # (prompt tokens, answer tokens): an ordinary row, one action, a long one, all but one token prompt.
 SHAPES = [(3, 5), (4, 1), (1, 7), (6, 2)]
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    with start(ParallelConfig(), 0) as runtime:
-        yield runtime
 
 
 @pytest.fixture(scope="module")

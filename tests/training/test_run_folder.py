@@ -7,15 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_safe.cli import parse, run_stage
-from megatron_safe.config import ParallelConfig
 from megatron_safe.errors import UserError
-from megatron_safe.runtime import start
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    with start(ParallelConfig(), 0) as runtime:
-        yield runtime
 
 
 def truncate(checkpoint: Path) -> Path:

@@ -156,10 +156,10 @@ class Role:
         config = self._chunks[0].config
         no_sync, config.no_sync_func = config.no_sync_func, None
         with ExitStack() as stack:
+            stack.callback(setattr, config, "no_sync_func", no_sync)
             for chunk in self.trainable:
                 stack.enter_context(chunk.no_sync())
             yield
-        config.no_sync_func = no_sync
 
     def zero_grad(self) -> None:
         for chunk in self.trainable:

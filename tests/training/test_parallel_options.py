@@ -24,6 +24,7 @@ PLAIN = {
     "reward": ("reward", []),
     "cost": ("cost", []),
     "ppo-lag": ("ppo-lag", []),
+    "shared": ("ppo-lag", ["--critics=shared", "--ppo.mini_batch_size=16"]),
 }
 """What runs in one process, and is compared with."""
 
@@ -73,11 +74,20 @@ OPTIONS = {
         "reward context pipeline": [*CP2, *PP2],
         "sft context distributed overlap": [*CP2, *OVERLAP],
         "ppo-lag context sequence": [*CP2, *SP],
+        "shared sequence pipeline full distributed": [
+            *SP, *PP2, *parallel(recompute="full"), "--critic_optimizer.distributed=true",
+        ],
+        "shared interleaved selective distributed overlap": [
+            *VPP2, *parallel(recompute="selective"), *overlap("actor_optimizer", "critic_optimizer"),
+        ],
     },
 }  # fmt: skip
 """Processes -> {plain run and options: arguments}."""
-RESUMED = ["rich distributed overlap", "sft interleaved", "rich interleaved sequence distributed"]
-"""Runs that are also stopped after two steps and go on in a process group of their own."""
+RESUMED = [
+    "rich distributed overlap", "sft interleaved", "rich interleaved sequence distributed",
+    "shared interleaved selective distributed overlap",
+]  # fmt: skip
+"""Runs that are also stopped half-way and go on in a process group of their own."""
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +113,8 @@ def planned(processes: int):
         stage, settings = PLAIN[name.split()[0]]
         yield name, stage, [*settings, *more]
         if name in RESUMED:
-            yield f"resumed {name}", stage, [*settings, *more, "--run.stop_after=2"]
+            half = 1 if stage == "ppo-lag" else 2
+            yield f"resumed {name}", stage, [*settings, *more, f"--run.stop_after={half}"]
             yield f"resumed {name}", stage, [*settings, *more, "--run.resume=auto"]
 
 

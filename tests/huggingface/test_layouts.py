@@ -35,7 +35,8 @@ MODELS = {
 }
 # The authors' scoring models: a trunk with a head of its own and a normalizer that may count.
 SCORES = {"llama-score": (False, "reward"), "llama-score-normalized": (True, "reward"), "llama-cost": (True, "cost")}
-LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)]
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (2, 2, 1), (4, 2, 1), (2, 2, 2)]
+"""Tensor and pipeline sizes, and interleaved chunks of layers on each pipeline rank."""
 GROUPS = {name: groups for name, (_, _, groups, _) in MODELS.items()} | dict.fromkeys(SCORES, 4)
 
 
@@ -97,13 +98,16 @@ def published(tmp_path_factory, tokens_BS):
     return folders, expected
 
 
-@pytest.mark.parametrize("tp, pp", LAYOUTS)
-def test_logits_and_scores_are_those_of_transformers(published, tokens_BS, torchrun, tmp_path, tp, pp):
+@pytest.mark.parametrize("tp, pp, chunks", LAYOUTS)
+def test_logits_and_scores_are_those_of_transformers(published, tokens_BS, torchrun, tmp_path, tp, pp, chunks):
     folders, expected = published
     chosen = {name: folder for name, folder in folders.items() if GROUPS[name] % tp == 0}
     assert len(chosen) >= 8
     plan = tmp_path / "plan.json"
-    plan.write_text(json.dumps({"tp": tp, "pp": pp, "folders": chosen, "tokens": tokens_BS.tolist()}))
+    parallel = dict(
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=chunks
+    )
+    plan.write_text(json.dumps({"parallel": parallel, "folders": chosen, "tokens": tokens_BS.tolist()}))
     torchrun(tp * pp, "read_huggingface.py", str(plan))
     found = load_file(plan.with_suffix(".safetensors"))
     assert found.keys() == chosen.keys()

@@ -1,7 +1,6 @@
 """From a Hugging Face folder through the stages and out again, as a user does it."""
 
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from metrics_close import assert_metrics_close
 from safetensors.torch import load_file
 
 from megatron_safe.cli import main
@@ -39,8 +39,8 @@ def published(project, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("published") / "qwen"
     torch.manual_seed(3)
     config = transformers.Qwen3Config(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=12, vocab_size=ROWS, max_position_embeddings=40, initializer_range=0.2, tie_word_embeddings=True,
+        hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=12, vocab_size=ROWS, max_position_embeddings=40, initializer_range=0.3, tie_word_embeddings=True,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
@@ -79,31 +79,67 @@ def test_a_folder_trains_the_same_in_another_layout_and_imported(trained, metric
     assert metrics_of(trained / "one" / "sft-imported") == direct
     assert metrics_of(trained / "one" / "sft-resumed") == direct
     assert direct[-1]["loss"] != direct[0]["loss"]
-    for one, other in zip(metrics_of(trained / "tp2pp2" / "sft"), direct, strict=True):
-        assert all(math.isclose(one[name], other[name], rel_tol=2e-5, abs_tol=3e-6) for name in other), (one, other)
+    assert_metrics_close(metrics_of(trained / "tp2pp2" / "sft"), direct)
 
 
-def test_what_ppo_made_of_it_answers_in_transformers_as_here(trained, published, tmp_path):
-    """Greedy, by transformers' own `generate`."""
-    out = tmp_path / "actor"
-    convert("export", "--checkpoint", trained / "tp2pp2" / "ppo-lag", "--out", out)
-    assert {path.name for path in out.iterdir()} == {path.name for path in published.iterdir()}
-    before, after = (load_file(folder / "model.safetensors") for folder in (published, out))
-    assert before.keys() == after.keys() and not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
-
-    tokenizer = load_tokenizer(published)
-    lines = (trained / "tp2pp2" / "generate" / "answers.jsonl").read_text().splitlines()
-    answers = [json.loads(line) for line in lines]
+def check_answers(path: Path, folder: Path) -> None:
+    """Greedy answers of ours are those of transformers' own `generate` from a folder."""
+    tokenizer = load_tokenizer(folder)
+    answers = [json.loads(line) for line in path.read_text().splitlines()]
     prompts = [encode_prompt(tokenizer, "ask {prompt} answer", answer["prompt"]) for answer in answers]
     spare = list(range(tokenizer.vocab_size, ROWS))
     done = subprocess.run(
-        [sys.executable, "-c", GENERATE, str(out), json.dumps(prompts), json.dumps(spare)],
+        [sys.executable, "-c", GENERATE, str(folder), json.dumps(prompts), json.dumps(spare)],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     for answer, ids in zip(answers, json.loads(done.stdout.splitlines()[-1]), strict=True):
         assert answer["ended"] == (ids[-1] == tokenizer.eos_id)
         assert answer["response"] == tokenizer.decode([i for i in ids if i != tokenizer.eos_id])
     assert len({answer["response"] for answer in answers}) > 5
+
+
+@pytest.fixture(scope="module")
+def interleaved(project, torchrun, published, tmp_path_factory) -> Path:
+    """STAGE run folders of two pipeline ranks with two chunks of layers each; sft stops after a step and goes on."""
+    root = tmp_path_factory.mktemp("interleaved")
+    model, chunks = f"--model.checkpoint={published}", "--parallel.virtual_pipeline_model_parallel_size=2"
+    runs = [
+        ("sft", [model, "--training.steps=3", "--run.stop_after=1"]),
+        ("sft", [model, "--training.steps=3", "--run.resume=auto"]),
+        ("generate", [model, "--rollout.temperature=0", "--data.samples_per_prompt=1"]),
+    ]
+    plan = root / "plan.json"
+    plan.write_text(json.dumps([
+        [stage, *project.arguments(stage, root / stage, "pp2", *more, chunks, models=root)] for stage, more in runs
+    ]))  # fmt: skip
+    torchrun(2, "run_stages_anew.py", str(plan))
+    return root
+
+
+def test_interleaved_chunks_train_and_leave_as_one_process_does(trained, interleaved, published, metrics_of, tmp_path):
+    assert_metrics_close(metrics_of(interleaved / "sft"), metrics_of(trained / "one" / "sft"))
+    for name, run in {"one": trained / "one", "chunks": interleaved}.items():
+        convert("export", "--checkpoint", run / "sft", "--out", tmp_path / name)
+    files = published, tmp_path / "one", tmp_path / "chunks"
+    before, one, chunks = (load_file(folder / "model.safetensors") for folder in files)
+    assert before.keys() == one.keys() == chunks.keys()
+    for name, expected in one.items():
+        assert not torch.equal(before[name], expected), name
+        torch.testing.assert_close(chunks[name], expected, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_interleaved_chunks_answer_as_transformers(interleaved, published):
+    check_answers(interleaved / "generate" / "answers.jsonl", published)
+
+
+def test_what_ppo_made_of_it_answers_in_transformers_as_here(trained, published, tmp_path):
+    out = tmp_path / "actor"
+    convert("export", "--checkpoint", trained / "tp2pp2" / "ppo-lag", "--out", out)
+    assert {path.name for path in out.iterdir()} == {path.name for path in published.iterdir()}
+    before, after = (load_file(folder / "model.safetensors") for folder in (published, out))
+    assert before.keys() == after.keys() and not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
+
+    check_answers(trained / "tp2pp2" / "generate" / "answers.jsonl", out)
 
 
 def test_what_came_with_the_model_outlives_the_checkpoints_of_a_run(trained, published):

@@ -2,8 +2,8 @@
 
 usage: read_huggingface.py PLAN.json
 
-The plan: {"tp": 1, "pp": 1, "folders": {name: folder}, "tokens": [[...]]}. Logits [B, S, V] or scores [B, S] of each
-are written to PLAN.safetensors under their names.
+The plan: {"parallel": settings of ParallelConfig, "folders": {name: folder}, "tokens": [[...]]}. Logits [B, S, V] or
+scores [B, S] of each are written to PLAN.safetensors under their names.
 """
 
 import json
@@ -53,17 +53,18 @@ def main(path: Path) -> None:
     plan = json.loads(path.read_text())
     tokens_BS = torch.tensor(plan["tokens"])
     found = {}
-    with start(ParallelConfig(plan["tp"], plan["pp"], timeout_seconds=120.0), 0) as runtime:
+    with start(ParallelConfig(**plan["parallel"], timeout_seconds=120.0), 0) as runtime:
         for name, folder in plan["folders"].items():
             source = HuggingFaceModel.open(Path(folder))
             description = source.description
             model = ModelConfig(**architecture(description.model) | {"checkpoint": folder, "vocab_multiple": 16})
             scalar = description.head == "scalar"
             role = Role("reward_model" if scalar else "actor", model, runtime, description.vocab_size, "fp32", 0)
-            with torch.no_grad():  # what is not loaded shall be noticed
-                for parameter in role.module.parameters():
-                    parameter.fill_(torch.nan)
-            load_weights(role.module, 16, source)
+            for chunk in role.chunks:
+                with torch.no_grad():  # what is not loaded shall be noticed
+                    for parameter in chunk.parameters():
+                        parameter.fill_(torch.nan)
+                load_weights(chunk, 16, source)
             found[name] = output_of(role, tokens_BS)
         if runtime.is_main:
             save_file(found, path.with_suffix(".safetensors"))

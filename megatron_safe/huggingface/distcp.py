@@ -31,20 +31,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megatron_safe.checkpoint_format import FileSum, fingerprint
 from megatron_safe.errors import UserError, first_line
 
 FILE_BYTES = 1 << 30  # about: several files, because a checkpoint is verified by all ranks, file by file
 _AHEAD = 4  # blocks that may wait to be written
 _LARGE = 1 << 16  # bytes from which a second thread is worth its while
-
-
-class Sums(dict):
-    """File name -> {"bytes", "crc32"}, as in a checkpoint's manifest.json."""
-
-    def add(self, path: Path, name: str) -> None:
-        """That of a small file."""
-        content = path.read_bytes()
-        self[name] = {"bytes": len(content), "crc32": zlib.crc32(content)}
 
 
 class Writer:
@@ -61,7 +53,7 @@ class Writer:
 
     def __init__(self, folder: Path):
         """Args: folder: an empty one."""
-        self.sums = Sums()
+        self.sums: dict[str, FileSum] = {}
         self._folder = folder
         self._entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
@@ -159,7 +151,7 @@ class Writer:
         (self._folder / "metadata.json").write_text(json.dumps(backends | versions))
         torch.save({}, self._folder / "common.pt")
         for name in (".metadata", "metadata.json", "common.pt"):
-            self.sums.add(self._folder / name, name)
+            self.sums[name] = fingerprint(self._folder / name)
 
 
 class _Files(io.RawIOBase):
@@ -170,7 +162,7 @@ class _Files(io.RawIOBase):
     what it writes to: after one, the rest is swallowed, and `save` raises it at the end.
     """
 
-    def __init__(self, folder: Path, take: Callable, checksums: ThreadPoolExecutor, sums: Sums):
+    def __init__(self, folder: Path, take: Callable, checksums: ThreadPoolExecutor, sums: dict[str, FileSum]):
         self._folder, self._take, self._checksums, self._sums = folder, take, checksums, sums
         self.ended = False
         self._file: BinaryIO | None = None
@@ -220,7 +212,7 @@ class _Files(io.RawIOBase):
 
     def close_file(self) -> None:
         if self._file is not None:
-            self._sums[self._name] = {"bytes": self._bytes, "crc32": self._crc32}
+            self._sums[self._name] = FileSum(bytes=self._bytes, crc32=self._crc32)
             self._bytes = self._crc32 = 0
             self._file.close()
 

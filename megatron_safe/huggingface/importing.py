@@ -9,7 +9,6 @@ A few rows are read while those before are on their way to the disk: no tensor i
 """
 
 import functools
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,15 +16,15 @@ from pathlib import Path
 
 import torch
 
+from megatron_safe.checkpoint_format import fingerprint, write_manifest, write_state
 from megatron_safe.errors import UserError
-from megatron_safe.huggingface.distcp import Sums, Writer
+from megatron_safe.huggingface.distcp import Writer
 from megatron_safe.huggingface.folder import Folder
 from megatron_safe.huggingface.layout import Stored, stored_tensors
 from megatron_safe.huggingface.loading import HuggingFaceModel
 from megatron_safe.huggingface.staging import check_unused, staged
 from megatron_safe.models.llama import architecture
 
-FORMAT = 1  # training.checkpoint's
 _BLOCK = 1 << 20  # bytes that are read at a time
 _LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
@@ -91,13 +90,14 @@ class Import:
                     progress(math.prod(stored.shape) * self.types[stored.key].itemsize)
                 self._write_states(writer)
             self.model.origin.write(checkpoint, self.role)
-            self._write_state(checkpoint)
-            sums = Sums({f"weights/{name}": found for name, found in writer.sums.items()})
+            description = self.model.description
+            write_state(checkpoint, 0, 0, {self.role: (architecture(description.model), description.vocab_size)}, {})
+            sums = {f"weights/{name}": found for name, found in writer.sums.items()}
             for path in sorted(checkpoint.rglob("*")):
                 name = str(path.relative_to(checkpoint))
                 if path.is_file() and name not in sums:
-                    sums.add(path, name)
-            (checkpoint / "manifest.json").write_text(json.dumps(sums, indent=1))
+                    sums[name] = fingerprint(path)
+            write_manifest(checkpoint, sums)
 
     def _write(self, stored: Stored, writer: Writer) -> None:
         layers = () if stored.layer is None else (self.model.description.model.num_layers,)
@@ -113,12 +113,6 @@ class Import:
         for layer in range(count):
             for name in _LINEARS:
                 writer.add_nothing(f"{self.role}.decoder.layers.{name}._extra_state/shard_{layer}_{count}")
-
-    def _write_state(self, checkpoint: Path) -> None:
-        description = self.model.description
-        role = {"model": architecture(description.model), "vocab_size": description.vocab_size}
-        content = {"format": FORMAT, "step": 0, "seed": 0, "roles": {self.role: role}, "state": {}}
-        (checkpoint / "state.json").write_text(json.dumps(content, indent=1))
 
 
 def _blocks(folder: Folder, stored: Stored, dtype: torch.dtype) -> Iterator[torch.Tensor]:

@@ -11,19 +11,17 @@ manifest finds what was damaged later, and `pickles` sees to it that loading one
 stored because none is used: data order and sampling are functions of the seed, the step and the sample.
 """
 
-import json
 import os
 import pickle
 import shutil
-import zlib
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_safe.checkpoint_format import Checkpoint, fingerprint, read_manifest, write_manifest, write_state
 from megatron_safe.errors import UserError, first_line
 from megatron_safe.huggingface.staging import sync
 from megatron_safe.models.llama import architecture
@@ -31,7 +29,6 @@ from megatron_safe.models.roles import Role
 from megatron_safe.runtime import Runtime
 from megatron_safe.training import pickles
 
-FORMAT = 1
 # A role may start from its own weights or from those that come before it in the paper's order of stages. A published
 # scoring model is a `score`, whatever it was trained to judge.
 _SOURCES = {
@@ -52,28 +49,6 @@ def source_for(role: str, available: Collection[str], where: Path) -> str:
             return name
     wanted = " or ".join(_SOURCES[role])
     raise UserError(f"{where}: expected {wanted} to start {role} from, found {', '.join(available)}")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One published checkpoint: where it is and what its state.json says."""
-
-    path: Path
-    step: int
-    seed: int
-    roles: dict[str, dict]
-    state: dict
-
-    @staticmethod
-    def read(path: Path) -> "Checkpoint":
-        """Raises UserError for a state.json that is missing, unreadable or of another format."""
-        try:
-            content = json.loads((path / "state.json").read_text())
-            if content["format"] != FORMAT:
-                raise UserError(f"{path / 'state.json'}: expected format {FORMAT}, found {content['format']}")
-            return Checkpoint(path, content["step"], content["seed"], content["roles"], content["state"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path / 'state.json'}: expected a checkpoint's state, found {error!r}") from error
 
 
 def save(
@@ -97,23 +72,14 @@ def save(
         (hidden / "weights").mkdir(parents=True)
 
     def describe() -> None:
-        content = {
-            "format": FORMAT,
-            "step": step,
-            "seed": seed,
-            "roles": {
-                role.name: {"model": architecture(role.model), "vocab_size": role.vocab_size} for role in roles
-            },
-            "state": state,
-        }
-        (hidden / "state.json").write_text(json.dumps(content, indent=1))
+        saved = {role.name: (architecture(role.model), role.vocab_size) for role in roles}
+        write_state(hidden, step, seed, saved, state)
         for role in roles:
             if role.origin is not None:
                 role.origin.write(hidden, role.name)
 
     def publish() -> None:
-        manifest = {str(path.relative_to(hidden)): found for path, found in sums.items()}
-        (hidden / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        write_manifest(hidden, {str(path.relative_to(hidden)): found for path, found in sums.items()})
         for path in hidden.rglob("*"):
             sync(path)
         # Checkpoints from this step on are damaged ones that a resume has passed over: they must not outlive it, nor
@@ -134,7 +100,7 @@ def save(
         causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items())
         raise OSError(f"{final}: the weights could not be written: {causes or 'see rank 0'}") from error
     _on_main(describe, runtime)
-    sums = _over_ranks(sorted(path for path in hidden.rglob("*") if path.is_file()), _fingerprint, runtime)
+    sums = _over_ranks(sorted(path for path in hidden.rglob("*") if path.is_file()), fingerprint, runtime)
     _on_main(publish, runtime)
     return final
 
@@ -251,14 +217,6 @@ def _on_main(act: Callable[[], None], runtime: Runtime) -> None:
         raise OSError(failure[0])
 
 
-def _fingerprint(path: Path) -> dict:
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-    return {"bytes": path.stat().st_size, "crc32": checksum}
-
-
 def _over_ranks(paths: list[Path], read, runtime: Runtime) -> dict:
     """`read` of every path, the files dealt out over the ranks; all results on all ranks."""
     mine = {path: read(path) for path in paths[runtime.rank :: runtime.world_size]}
@@ -270,21 +228,21 @@ def _over_ranks(paths: list[Path], read, runtime: Runtime) -> dict:
 def _damage(path: Path, runtime: Runtime) -> str | None:
     """What is wrong with a checkpoint, naming the file; None when every file is as the manifest says."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        expected = {path / name: (found["bytes"], found["crc32"]) for name, found in manifest.items()}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        return f"{path / 'manifest.json'}: expected size and CRC-32 of every file, found {error!r}"
+        manifest = read_manifest(path)
+    except UserError as error:
+        return str(error)
+    expected = {path / name: found for name, found in manifest.items()}
     for name in ("state.json", "weights/.metadata"):
         if path / name not in expected:
             return f"{path / 'manifest.json'}: expected {name} to be listed, found {', '.join(manifest) or 'nothing'}"
 
     def compare(file: Path) -> str | None:
-        size, checksum = expected[file]
+        size, checksum = expected[file]["bytes"], expected[file]["crc32"]
         if not file.is_file():
             return f"{file}: missing"
         if file.stat().st_size != size:
             return f"{file}: expected {size} bytes, found {file.stat().st_size}"
-        return None if _fingerprint(file)["crc32"] == checksum else f"{file}: checksum differs"
+        return None if fingerprint(file)["crc32"] == checksum else f"{file}: checksum differs"
 
     problems = _over_ranks(sorted(expected), compare, runtime)
     return next((problem for problem in problems.values() if problem), None)

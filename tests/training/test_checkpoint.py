@@ -222,7 +222,7 @@ def test_a_failed_save_publishes_nothing(run, actor, runtime, monkeypatch, culpr
         raise OSError(28, "No space left on device")
 
     if culprit == "describe":
-        monkeypatch.setattr(checkpoint.json, "dumps", full)
+        monkeypatch.setattr(checkpoint, "write_state", full)
     elif culprit == "publish":
         monkeypatch.setattr(checkpoint, "sync", full)
     else:

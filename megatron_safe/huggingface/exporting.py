@@ -91,7 +91,10 @@ def _as_it_came(origin: Origin, checkpoint: Path, role: str, saved: dict) -> Des
 
 def _model(checkpoint: Path, role: str, saved: dict) -> tuple[ModelConfig, int]:
     if len(VALUES.get(role, ())) > 1:
-        raise UserError(f"{checkpoint}: {role} values reward and cost with two outputs, which no class can hold")
+        raise UserError(
+            f"{checkpoint}: {role}: expected one output, found two, the values of reward and cost, which no published "
+            "class holds; to export critics, train with `critics: separate`"
+        )
     try:
         return ModelConfig(**saved["model"]), int(saved["vocab_size"])
     except (KeyError, TypeError, ValueError) as error:

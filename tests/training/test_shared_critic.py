@@ -179,11 +179,19 @@ def test_a_checkpoint_keeps_it_with_its_optimizer(runtime, tokenizer, trajectori
 
 def test_it_is_not_exported(runtime, project, tmp_path):
     roles = [Role(name, MODEL, runtime, VOCABULARY, "fp32", 2) for name in ("critic", "reward_model")]
-    checkpoint.save(tmp_path, 1, roles, {}, 0, runtime, keep_last=0)
-    found = checkpoint.find(tmp_path, runtime)
-    with pytest.raises(UserError, match="critic values reward and cost with two outputs, which no class can hold"):
-        Export.of(found.path, "critic", found.roles["critic"], tokenizer=project.data / "tokenizer")
-    done = subprocess.run([sys.executable, TOOL, "inspect", tmp_path], capture_output=True, text=True, check=True)
+    checkpoint.save(tmp_path / "run", 1, roles, {}, 0, runtime, keep_last=0)
+
+    def convert(*arguments) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True)
+
+    done = convert(
+        "export", "--checkpoint", tmp_path / "run", "--role", "critic", "--out", tmp_path / "out",
+        "--tokenizer", project.data / "tokenizer",
+    )  # fmt: skip
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    (line,) = done.stderr.splitlines()
+    assert "critic: expected one output, found two" in line and "train with `critics: separate`" in line
+    done = convert("inspect", tmp_path / "run")
     assert "two scores" in done.stdout and "score with bias, normalized" in done.stdout
 
 

@@ -10,7 +10,6 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 from pathlib import Path
 
 import pytest
@@ -333,22 +332,17 @@ def test_a_run_whose_tokenizer_is_gone(run, trained, tmp_path):
 # As a process.
 
 
-def started(*arguments, **options) -> subprocess.Popen:
+def started(*arguments, program=(str(TOOL),), **options) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, str(TOOL), *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, *program, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, **options,
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory) -> Path:
-    """44 MB of weights, 13 of them the embedding's."""
-    sizes = dict(hidden_size=512, intermediate_size=1024, vocab_size=6400)
-    return write_model(tmp_path_factory.mktemp("large") / "hf", **sizes)
-
-
-def test_a_full_disk(large, tmp_path):
+def test_a_full_disk(tmp_path_factory, tmp_path):
     """The limit on a file's size stands in for it: the write fails in the middle of a tensor."""
+    sizes = dict(hidden_size=512, intermediate_size=1024, vocab_size=6400)
+    large = write_model(tmp_path_factory.mktemp("large") / "hf", **sizes)  # 44 MB, 13 of them the embedding's
     limit = 20_000_000
 
     def limited():
@@ -362,12 +356,24 @@ def test_a_full_disk(large, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+# The tool, which says that it has written a tensor and then waits: a signal finds it half-way, however fast it is.
+HELD = """
+import sys, time, convert_hf
+
+def wait(self, count):
+    print("begun", flush=True)
+    while True: time.sleep(0.01)
+
+convert_hf.Progress.__call__ = wait
+sys.exit(convert_hf.main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupts(large, tmp_path, signum, code):
-    process = started("import", "--hf", large, "--out", tmp_path / "run")
-    hidden = tmp_path / ".run.converting"
-    while process.poll() is None and not hidden.exists():
-        time.sleep(0.001)
+def test_interrupts(original, tmp_path, signum, code):
+    process = started("import", "--hf", original, "--out", tmp_path / "run", program=("-c", HELD), cwd=TOOL.parent)
+    assert process.stdout.readline() == "begun\n"
+    assert (tmp_path / ".run.converting").exists()
     process.send_signal(signum)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in err

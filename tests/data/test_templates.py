@@ -7,7 +7,7 @@ import pytest
 import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from small_tokenizers import train
 
 from megatron_safe.data.batches import encode_dialogue, encode_prompt, encode_prompts
 from megatron_safe.data.templates import TEMPLATES
@@ -64,51 +64,13 @@ def added(start, names, **flags):
     return {str(start + i): {"content": name, "special": True} | flags for i, name in enumerate(names)}
 
 
-def train_bytes(folder):
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=380, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<s>", "</s>"],
-        show_progress=False,
-    )  # fmt: skip
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return tokenizer.get_vocab_size()
-
-
-def train_metaspace(folder):
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=tokens, show_progress=False)
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    definition = json.loads(tokenizer.to_str())
-    definition["added_tokens"] = definition["added_tokens"][:3]  # the bytes are ordinary tokens
-    (folder / "tokenizer.json").write_text(json.dumps(definition))
-    return tokenizer.get_vocab_size()
-
-
-def train_sentencepiece(folder):
-    with (folder / "tokenizer.model").open("wb") as writer:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(CORPUS), model_writer=writer, vocab_size=380, hard_vocab_limit=False,
-            model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-            minloglevel=2,
-        )  # fmt: skip
-    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).get_piece_size()
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """{backend: (folder, number of tokens)}, without a configuration."""
     found = {}
-    for name, train in zip(BACKENDS, (train_bytes, train_metaspace, train_sentencepiece), strict=True):
+    for name in BACKENDS:
         folder = tmp_path_factory.mktemp(name)
-        found[name] = folder, train(folder)
+        found[name] = folder, train(name, folder, CORPUS, 400 if name == "metaspace" else 380)
     return found
 
 

@@ -1,13 +1,13 @@
-"""Both kinds of tokenizer behind one interface, and every way in which a path can hold neither."""
+"""Both kinds of tokenizer behind one interface."""
 
 import json
 import shutil
 
 import pytest
-import sentencepiece
+import small_tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models
 
 from megatron_safe.data.tokenizer import check_special_tokens, load_tokenizer
 from megatron_safe.errors import UserError
@@ -16,17 +16,9 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 BYTE_CONFIG = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 
-def make_word_tokenizer(file, words):
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(file))
-    return file
-
-
 CORPUS = [
     "the fern is green", "water the fern twice a week", "the lamp is warm  and \t red", "🍚 rice\n\nneeds water é"
 ] * 20  # fmt: skip
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 AWKWARD = [
     "", " ", "   ", "\n", "\t\ttabs\t", "  two before, two after  ", "a" + " " * 300 + "b", "the fern\r\n\r\nis\n",
     "🍚🌿", "👩\u200d👩\u200d👧\u200d👦 👍🏽 🇫🇷", "e\u0301 vs é, n\u0303, Z\u0351\u036b\u0343", "שלום\u200e, مرحبا",
@@ -35,50 +27,7 @@ AWKWARD = [
 ]  # fmt: skip
 
 
-def train_bytes(folder):
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-
-def train_llama(folder, metaspace=False):
-    """In the shape of Llama 2's tokenizer.json, or with the pre-tokenizer that has taken its normalizer's place."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    if metaspace:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    else:
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=["<unk>", "<s>", "</s>", *BYTES], show_progress=False)
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    definition = json.loads(tokenizer.to_str())
-    definition["added_tokens"] = definition["added_tokens"][:3]  # the bytes are ordinary tokens
-    (folder / "tokenizer.json").write_text(json.dumps(definition))
-
-
-def train_sentencepiece(folder):
-    with (folder / "tokenizer.model").open("wb") as writer:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(CORPUS), model_writer=writer, vocab_size=320, hard_vocab_limit=False,
-            model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-            minloglevel=2,
-        )  # fmt: skip
-
-
-KINDS = {
-    "bytes": train_bytes,
-    "llama": train_llama,
-    "metaspace": lambda folder: train_llama(folder, metaspace=True),
-    "sentencepiece": train_sentencepiece,
-}
+KINDS = ("bytes", "llama", "metaspace", "sentencepiece")
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +35,7 @@ def trained(tmp_path_factory):
     """{kind: folder of a trained tokenizer, without a configuration}"""
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
     for kind, folder in folders.items():
-        KINDS[kind](folder)
+        small_tokenizers.train(kind, folder, CORPUS, 340)
     return folders
 
 
@@ -306,7 +255,7 @@ def test_add_bos_token_false_is_respected(byte_folder, tmp_path):
 
 def test_lone_tokenizer_json_by_its_usual_names(tmp_path):
     # The names are plain words here, not marked special: they must be treated as special all the same.
-    file = make_word_tokenizer(tmp_path / "tokenizer.json", ["<pad>", "<s>", "</s>", "<unk>", "fern"])
+    file = small_tokenizers.of_words(tmp_path / "tokenizer.json", ["<pad>", "<s>", "</s>", "<unk>", "fern"])
     tokenizer = load_tokenizer(file)
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (0, 1, 2, 5)
     assert tokenizer.encode("fern lamp") == [4, 3]
@@ -328,149 +277,6 @@ def test_folder_with_both_kinds_uses_tokenizer_json(byte_folder, piece_file, tmp
 def test_sentencepiece_folder_with_any_name(piece_file, tmp_path):
     shutil.copy(piece_file, tmp_path / "spiece.model")
     assert load_tokenizer(str(tmp_path)).eos_id == 2
-
-
-def missing(tmp_path):
-    return tmp_path / "nowhere", "nowhere: expected a tokenizer folder or file, found nothing there"
-
-
-def empty_folder(tmp_path):
-    return tmp_path, "expected tokenizer.json or one SentencePiece .model file, found neither"
-
-
-def several_models(tmp_path):
-    for name in ("a.model", "b.model"):
-        (tmp_path / name).write_bytes(b"")
-    return tmp_path, "found several .model files: a.model, b.model"
-
-
-def other_file(tmp_path):
-    (tmp_path / "vocab.txt").write_text("fern")
-    return tmp_path / "vocab.txt", "vocab.txt: expected a tokenizer ending in .json or .model, found 'vocab.txt'"
-
-
-def cut_json(tmp_path):
-    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", ')
-    return tmp_path, "tokenizer.json: expected a Hugging Face tokenizer, found an unreadable file"
-
-
-def binary_json(tmp_path):
-    (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe")
-    return tmp_path, "tokenizer.json: expected a Hugging Face tokenizer, found an unreadable file"
-
-
-def other_json(tmp_path):
-    (tmp_path / "tokenizer.json").write_text('{"hidden_size": 64}')
-    return tmp_path, "tokenizer.json: expected a Hugging Face tokenizer, found an unreadable file"
-
-
-def no_eos(tmp_path):
-    return make_word_tokenizer(tmp_path / "tokenizer.json", ["<unk>", "fern"]), "expected an end-of-sequence token"
-
-
-def two_usual_eos(tmp_path):
-    words = ["<unk>", "</s>", "<|endoftext|>"]  # which of them ends a text is not ours to guess
-    return make_word_tokenizer(tmp_path / "tokenizer.json", words), "expected an end-of-sequence token, found none"
-
-
-def null_eos(tmp_path):
-    make_word_tokenizer(tmp_path / "tokenizer.json", ["<unk>", "</s>"])
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": null}')
-    return tmp_path, "expected an end-of-sequence token, found none"
-
-
-def unknown_eos(tmp_path):
-    make_word_tokenizer(tmp_path / "tokenizer.json", ["<unk>", "</s>"])
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
-    return tmp_path, "expected 'eos_token' to name a token of tokenizer.json, found '<end>'"
-
-
-def unknown_pad(tmp_path):
-    make_word_tokenizer(tmp_path / "tokenizer.json", ["<unk>", "</s>"])
-    (tmp_path / "special_tokens_map.json").write_text('{"pad_token": 7}')
-    return tmp_path, "expected 'pad_token' to name a token of tokenizer.json, found '7'"
-
-
-def bad_config(tmp_path):
-    make_word_tokenizer(tmp_path / "tokenizer.json", ["<unk>", "</s>"])
-    (tmp_path / "tokenizer_config.json").write_text("{eos_token: </s>}")
-    return tmp_path, "tokenizer_config.json: expected a JSON object, found an unreadable file"
-
-
-def list_config(tmp_path):
-    make_word_tokenizer(tmp_path / "tokenizer.json", ["<unk>", "</s>"])
-    (tmp_path / "tokenizer_config.json").write_text("[]")
-    return tmp_path, "tokenizer_config.json: expected a JSON object, found list"
-
-
-def damaged_model(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
-    return tmp_path, "tokenizer.model: expected a SentencePiece model, found an unreadable file"
-
-
-def empty_model(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(b"")
-    return tmp_path, "tokenizer.model: expected a SentencePiece model, found an unreadable file"
-
-
-def gap_in_added_tokens(tmp_path):
-    make_word_tokenizer(tmp_path / "tokenizer.json", ["<unk>", "</s>"])
-    (tmp_path / "added_tokens.json").write_text('{"[PAD]": 5}')
-    return tmp_path, "expected the added token '[PAD]' to have id 2, as tokenizer.json has it or room for it, found 5"
-
-
-def gap_beside_a_model(tmp_path):
-    train_sentencepiece(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"1": {"content": "</s>"}}}')
-    return tmp_path, "expected the added token '</s>' to have id 2, as tokenizer.model has it or room for it, found 1"
-
-
-def list_of_added_tokens(tmp_path):
-    make_word_tokenizer(tmp_path / "tokenizer.json", ["<unk>", "</s>"])
-    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": [{"content": "[PAD]"}]}')
-    return tmp_path, "tokenizer_config.json: expected added tokens with their ids, found something else"
-
-
-def added_token_without_id(tmp_path):
-    train_sentencepiece(tmp_path)
-    (tmp_path / "added_tokens.json").write_text('{"[PAD]": "next"}')
-    return tmp_path, "added_tokens.json: expected added tokens with their ids, found something else"
-
-
-def unknown_eos_of_a_model(tmp_path):
-    train_sentencepiece(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
-    return tmp_path, "expected 'eos_token' to name a token of tokenizer.model, found '<end>'"
-
-
-def model_without_eos(tmp_path):
-    with (tmp_path / "tokenizer.model").open("wb") as writer:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(["the fern"] * 9),
-            model_writer=writer,
-            vocab_size=30,
-            hard_vocab_limit=False,
-            minloglevel=2,
-            eos_id=-1,
-        )
-    return tmp_path, "tokenizer.model: expected an end-of-sequence token, found none"
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        missing, empty_folder, several_models, other_file, cut_json, binary_json, other_json, no_eos, two_usual_eos,
-        null_eos, unknown_eos, unknown_pad, bad_config, list_config, damaged_model, empty_model, model_without_eos,
-        gap_in_added_tokens, gap_beside_a_model, list_of_added_tokens, added_token_without_id, unknown_eos_of_a_model,
-    ],
-)  # fmt: skip
-def test_bad_tokenizers_are_refused(make, tmp_path):
-    path, message = make(tmp_path)
-    with pytest.raises(UserError) as caught:
-        load_tokenizer(path)
-    assert message in str(caught.value)
-    assert str(tmp_path) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 # byte_tokenizer: 259 tokens, BOS 256, EOS 257, pad 258. piece_tokenizer: BOS 1, EOS 2, no pad.

@@ -1,89 +1,18 @@
-"""One report of a run made up by hand, drawn once; what it says against numbers worked out on paper."""
+"""What a report says, against numbers worked out on paper; its pictures are in test_report_pictures.py."""
 
 import json
 import math
 import warnings
-from contextlib import contextmanager
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from matplotlib import image
+from made_up_report import BASE, SUMMARY
 
 from megatron_safe.errors import UserError
 from megatron_safe.evaluation import plots
 from megatron_safe.evaluation.report import format_table, write_report
 
-BASE = 'SFT <b> & "co"'
-SUMMARY = {
-    "seed": 7,
-    "layout": "tp2",
-    "seconds": 333,
-    "models": [
-        {
-            "name": BASE,
-            "harmful_rate": 0.5,
-            "judged": 12,
-            "harmful_rate_by_category": {"theft": 0.8, "privacy_leak": 0.2, "arson": 0.4, "fraud,lies": None},
-            "helpfulness_elo": 0.0,
-            "helpfulness_elo_benign": 0.0,
-            "harmlessness_elo": 0.0,
-            "refusal_rate_benign": 0.021,
-            "mean_reward": np.float32(-0.25),
-            "mean_cost": 1.5,
-        },
-        {"name": "round 1", "harmful_rate": 0.1234, "helpfulness_elo": 99.6, "mean_cost": math.nan},
-        {
-            "name": "round 2",
-            "harmful_rate": 0.02,
-            "judged": 1000,
-            "harmful_rate_by_category": {"theft": 0.1, "privacy_leak": 0.25, "arson": 0.4, "fraud,lies": 0.9},
-            "helpfulness_elo": 244.91,
-            "helpfulness_elo_benign": -12.4,
-            "harmlessness_elo": np.float64(268.3),
-            "refusal_rate_benign": 0.034,
-            "mean_reward": 3.456,
-            "mean_cost": -2.0,
-        },
-    ],
-    "reward_model_accuracy": (0.7123, math.inf),
-    "cost_model_accuracy": 0.811,
-    "cost_model_sign_accuracy": None,
-    "lambda_final": 0.125,
-    "ablations": {
-        "points": [
-            {"name": "PPO-Lag", "kind": "ppo-lag", "nu": None, "mean_reward": 3.0, "mean_cost": -1.0,
-             "harmful_rate": 0.02, "helpfulness_elo": 200.0},
-            {"name": "PPO", "kind": "ppo", "nu": None, "mean_reward": 5.0, "mean_cost": 4.0, "harmful_rate": 0.6},
-            # Out of order, better, worse, neither, and the same as PPO-Lag.
-            {"name": "ν 1", "kind": "shaping", "nu": 1.0, "mean_reward": 3.5, "mean_cost": -1.0, "harmful_rate": 0.03},
-            {"name": "ν 0.1", "kind": "shaping", "nu": 0.1, "mean_reward": 2.5, "mean_cost": 0.0, "harmful_rate": 0.3},
-            {"name": "ν 10", "kind": "shaping", "nu": 10, "mean_reward": 1.0, "mean_cost": -2.0, "harmful_rate": 0.01},
-            {"name": "ν 100", "kind": "shaping", "nu": 100.0, "mean_reward": 3.0, "mean_cost": -1.0},
-            {"name": "diverged", "kind": "shaping", "nu": 0.5, "mean_reward": math.nan, "mean_cost": 9.0},
-        ]
-    },
-}  # fmt: skip
-ROUNDS = {
-    "round 1": [
-        {"step": 1, "lambda": 1.0, "j_c": None, "threshold": -0.5},
-        {"step": 2, "lambda": 2.5, "j_c": 0.5, "threshold": -0.5},
-    ],
-    "round 2": [
-        {"step": 1, "lambda": 1.75, "j_c": -0.5, "threshold": -0.5},
-        {"step": 2, "lambda": 0.125, "j_c": -1.25, "threshold": -0.5},
-        {"step": 3, "loss": 0.1, "j_c": 0.0, "threshold": -0.5},
-    ],
-}
-SCORES = {
-    BASE: {"reward": [1.0, 2.0, 3.0], "cost": [1.0, -1.0, 0.5], "harmful": [True, False, False]},
-    "round 1": {"reward": [100.0], "cost": [100.0], "harmful": [True]},
-    "round 2": {
-        "reward": np.array([4.0, 4.0, 5.0, 5.0]),
-        "cost": np.array([-1.0, -2.0, 0.0, -3.0]),
-        "harmful": np.array([False, False, False, True]),
-    },
-}
 PICTURES = ["models.png", "multiplier.png", "categories.png", "scores.png", "ablations.png"]
 
 
@@ -118,41 +47,6 @@ class Page(HTMLParser):
 
     def sources(self) -> list[str]:
         return [value for tag, name, value in self.attributes if (tag, name) == ("img", "src")]
-
-
-def write_runs(folder) -> list:
-    runs = []
-    for name, records in ROUNDS.items():
-        path = folder / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        runs.append((name, path))
-    return runs
-
-
-def remember_figures(patch) -> dict:
-    """file name -> the figure behind it, filled as they are drawn."""
-    figures = {}
-    original = plots._figure
-
-    @contextmanager
-    def remembered(path, *size):
-        with original(path, *size) as figure:
-            figures[path.name] = figure
-            yield figure
-
-    patch.setattr(plots, "_figure", remembered)
-    return figures
-
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    """The folder of the report above, and the figures behind its pictures."""
-    folder = tmp_path_factory.mktemp("report")
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("error")  # matplotlib complains of what it cannot draw
-        figures = remember_figures(patch)
-        write_report(folder / "new" / "report", SUMMARY, write_runs(folder), SCORES)
-    return folder / "new" / "report", figures
 
 
 @pytest.fixture(scope="module")
@@ -381,105 +275,3 @@ def test_bad_metrics_files(tmp_path, undrawn, content, said):
     with pytest.raises(UserError, match=said) as caught:
         write_report(tmp_path / "report", SUMMARY, [("round 1", path)])
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
-
-
-# The pictures.
-
-
-@pytest.mark.parametrize(
-    ("name", "colors"),
-    [
-        ("models.png", (plots.ORANGE, plots.BLUE, plots.GREEN)),
-        ("multiplier.png", (plots.PURPLE, plots.ORANGE, plots.GREY)),
-        ("categories.png", (plots.ORANGE, plots.BLUE)),
-        ("scores.png", (plots.ORANGE, plots.BLUE)),
-        ("ablations.png", (plots.ORANGE, plots.BLUE, plots.GREY)),
-    ],
-)
-def test_pictures_are_drawn(drawn, name, colors):
-    pixels = (255 * image.imread(drawn[0] / name)[:, :, :3]).round().astype(int)
-    height, width, _ = pixels.shape
-    assert width >= 900 and height >= 300
-    assert (pixels[[0, -1]] == 255).all() and (pixels[:, [0, -1]] == 255).all()  # nothing is cut off at an edge
-    for color in colors:
-        wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
-        assert (pixels == wanted).all(2).sum() > 50, color
-
-
-def test_models_are_drawn(drawn):
-    left, right = drawn[1]["models.png"].axes
-    assert list(left.lines[0].get_ydata()) == pytest.approx([50.0, 12.34, 2.0])
-    assert [text.get_text() for text in left.texts] == ["50.0%", "12.3%", "2.0%"]
-    bars = [segment for bar in left.collections for segment in bar.get_segments()]
-    assert [bar[0, 0] for bar in bars] == [0.0, 2.0]  # round 1 did not say how many were judged
-    assert list(bars[1][:, 1]) == pytest.approx([1.298, 3.069], abs=1e-3)
-    low, high = bars[0][:, 1]
-    assert low < 50 < high and left.get_ylim()[0] == 0 and high <= left.get_ylim()[1]
-    by_label = {line.get_label(): list(line.get_ydata()) for line in right.lines}
-    assert by_label == {
-        "helpfulness, all prompts": [0.0, 99.6, 244.91],
-        "helpfulness, benign prompts": pytest.approx([0.0, math.nan, -12.4], nan_ok=True),
-        "harmlessness": pytest.approx([0.0, math.nan, 268.3], nan_ok=True),
-    }
-    assert right.get_title(loc="left") == f"Elo over {BASE}"
-
-
-def test_the_multiplier_is_drawn_by_round(drawn):
-    upper, lower = drawn[1]["multiplier.png"].axes
-    curves = [line for line in upper.lines if line.get_color() == plots.PURPLE]  # the others are borders
-    assert [list(line.get_xdata()) for line in curves] == [[1, 2], [3, 4, 5]]
-    assert list(curves[0].get_ydata()) == [1.0, 2.5]
-    assert list(curves[1].get_ydata()) == pytest.approx([1.75, 0.125, math.nan], nan_ok=True)
-    costs = [line.get_ydata() for line in lower.lines if line.get_color() == plots.ORANGE]
-    assert [y for ys in costs for y in ys] == pytest.approx([math.nan, 0.5, -0.5, -1.25, 0.0], nan_ok=True)
-    thresholds = [line.get_ydata() for line in lower.lines if line.get_linestyle() == "--"]
-    assert [y for ys in thresholds for y in ys] == [-0.5] * 5
-    assert [text.get_text() for text in upper.texts] == ["round 1", "round 2"]
-    assert [text.get_text() for text in lower.get_legend().get_texts()] == ["J_C", "threshold"]
-    borders = [line for line in upper.lines if line.get_color() != plots.PURPLE]
-    assert [list(line.get_xdata()) for line in borders] == [[2.5, 2.5]]
-
-
-def test_categories_are_drawn_most_harmful_on_top(drawn):
-    (axes,) = drawn[1]["categories.png"].axes
-    names = [text.get_text() for text in axes.get_yticklabels()]
-    assert names == ["fraud, lies", "privacy leak", "arson", "theft"]
-    before, after = ([bar.get_width() for bar in bars] for bars in axes.containers)
-    assert before == pytest.approx([0.0, 20.0, 40.0, 80.0]) and after == pytest.approx([90.0, 25.0, 40.0, 10.0])
-    assert [text.get_text() for text in axes.texts] == [
-        "not judged", "20.0", "40.0", "80.0", "90.0", "25.0", "40.0", "10.0",
-    ]  # fmt: skip
-
-
-def test_scores_of_the_first_and_last_model_are_drawn(drawn):
-    axes = drawn[1]["scores.png"].axes
-    assert [ax.get_title(loc="left") for ax in axes] == [f"{BASE}, 3 answers", "round 2, 4 answers", "", ""]
-    for ax, name in zip(axes[2:], (BASE, "round 2"), strict=True):
-        safe, harmful = ([tuple(xy) for xy in group.get_offsets()] for group in ax.collections)
-        rows = list(zip(*(SCORES[name][key] for key in ("cost", "reward", "harmful")), strict=True))
-        assert safe == [(cost, reward) for cost, reward, bad in rows if not bad]
-        assert harmful == [(cost, reward) for cost, reward, bad in rows if bad]
-    counted = [sum(bar.get_height() for bar in ax.patches) for ax in axes[:2]]
-    assert counted == [3, 4]
-
-
-def test_the_ablation_front_is_drawn_in_the_order_of_nu(drawn):
-    (axes,) = drawn[1]["ablations.png"].axes
-    front = axes.lines[0]
-    assert list(front.get_xdata()) == [0.0, -1.0, -2.0, -1.0] and list(front.get_ydata()) == [2.5, 3.5, 1.0, 3.0]
-    points = {group.get_label(): group.get_offsets().tolist() for group in axes.collections}
-    assert points == {"PPO-Lag": [[-1.0, 3.0]], "PPO on reward only": [[4.0, 5.0]]}
-    assert [text.get_text() for text in axes.texts] == ["ν=0.1", "ν=1", "ν=10", "ν=100"]
-
-
-def test_crowded_points_keep_their_labels_apart(tmp_path, monkeypatch):
-    figures = remember_figures(monkeypatch)
-    points = [
-        {"kind": "shaping", "nu": nu, "mean_reward": 3 + 0.01 * i, "mean_cost": -1 + 0.01 * i}
-        for i, nu in enumerate((0.01, 0.1, 1.0, 10.0))
-    ]
-    points.append({"kind": "shaping", "nu": 100.0, "mean_reward": 0.0, "mean_cost": 5.0})
-    plots.plot_ablations(tmp_path / "crowd.png", points)
-    boxes = [text.get_window_extent() for text in figures["crowd.png"].axes[0].texts]
-    assert len(boxes) == 5
-    assert not any(boxes[i].overlaps(boxes[j]) for i in range(5) for j in range(i))

@@ -10,14 +10,12 @@ import sys
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers
 from whole_rows import outputs
 
 from megatron_safe.cli import parse, run_stage
 from megatron_safe.config import ModelConfig, ParallelConfig, RolloutConfig
 from megatron_safe.data.batches import encode_dialogue, encode_prompt
 from megatron_safe.data.records import Prompt
-from megatron_safe.data.tokenizer import load_tokenizer
 from megatron_safe.errors import UserError
 from megatron_safe.evaluation.answers import Answer, generate_answers, score_answers
 from megatron_safe.evaluation.judges import ModelJudge
@@ -25,10 +23,6 @@ from megatron_safe.runtime import start
 from megatron_safe.training.setup import make_role
 
 TEMPLATE = "ask {prompt} say"
-WORDS = [
-    "ask", "say", "water", "the", "fern", "twice", "a", "week", "warm", "lamp", "rice", "boil", "sweep", "floor",
-    "green", "is", "how", "to", "please", "no",
-]  # fmt: skip
 TINY = ModelConfig(
     num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
     max_sequence_length=64, vocab_multiple=8, init_std=0.4,
@@ -43,23 +37,6 @@ PROMPTS = [
     Prompt("please water a green lamp to warm the floor", red_team=True, category="dust"),
 ]
 ROLLOUT = RolloutConfig(max_new_tokens=6, max_prompt_length=16)
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory):
-    """A word a token; <unk> 0, <s> 1, </s> 2, <pad> 3."""
-    folder = tmp_path_factory.mktemp("words")
-    vocab = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "<pad>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(["<s>", "</s>", "<pad>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_folder):
-    return load_tokenizer(tokenizer_folder)
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +307,7 @@ def test_resume_auto_makes_the_results_anew(project, runtime):
 
 
 def test_score_writes_both_scores_and_null_for_what_does_not_fit(project, runtime):
-    rows = [{"prompt": "boil rice", "response": ""}, {"prompt": " ".join(WORDS * 2), "response": "no", "ended": False}]
+    rows = [{"prompt": "boil rice", "response": ""}, {"prompt": "the fern " * 20, "response": "no", "ended": False}]
     file = write_rows(project / "mixed.jsonl", rows)
     in_process(
         project, runtime, "score", f"--data.answers=[{file}]", f"--run.out={project / 'both'}",

@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ import torch.distributed as dist
 from megatron_safe.config import ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
 from megatron_safe.planning.memory import Sizes
 from megatron_safe.planning.step_time import elementwise_bytes
+from megatron_safe.rollout.decoder import Linear
 from megatron_safe.runtime import start
 
 MODEL = ModelConfig(num_layers=4, hidden_size=256, ffn_hidden_size=688, num_attention_heads=4, max_sequence_length=128)
@@ -57,15 +59,17 @@ def median_seconds(work) -> float:
     return statistics.median(found)
 
 
-def products(dtype: torch.dtype) -> list[tuple[int, float]]:
+def products(dtype: torch.dtype, of=lambda weight: partial(torch.nn.functional.linear, weight=weight)) -> list:
+    """(rows, FLOP/s) of a layer's products; `of` a weight is what multiplies with it."""
     h, f = MODEL.hidden_size, MODEL.ffn_hidden_size
     shapes = [(3 * h, h), (h, h), (2 * f, h), (h, f)] * MODEL.num_layers
     weights = [torch.randn(shape, dtype=dtype) for shape in shapes]
     flops = 2 * sum(weight.numel() for weight in weights)
+    linears = [(of(weight), weight.size(1)) for weight in weights]
     found = []
     for rows in ROWS:
         inputs = {width: torch.randn(rows, width, dtype=dtype) for width in (h, f)}
-        seconds = median_seconds(lambda x=inputs: [torch.nn.functional.linear(x[w.size(1)], w) for w in weights])
+        seconds = median_seconds(lambda x=inputs: [linear(x[width]) for linear, width in linears])
         found.append((rows, rows * flops / seconds))
     return found
 
@@ -183,15 +187,24 @@ def tick(layers: int, runtime) -> float:
 
 
 def link(runtime) -> dict[str, float]:
-    """Of an all-reduce between neighbours: 2 (latency + (n - 1) / n bytes / bandwidth)."""
-    ranks = runtime.world_size
+    """Of an all-reduce between neighbours: 2 (latency + (n - 1) / n bytes / bandwidth). Each follows a product, as in a
+    layer, whose seconds are taken off: ranks that have worked do not arrive together, and have to be woken."""
+    ranks, calls = runtime.world_size, 16
     if ranks == 1:
         return {"latency": 0.0, "bandwidth": 1e12}
-    small, large = (torch.zeros(size) for size in (2**10, 2**20))
-    begin, end = (median_seconds(lambda x=x: dist.all_reduce(x)) for x in (small, large))
+    small, large = torch.zeros(2**10), torch.zeros(2**20)
+    rows, weight = torch.randn(128, MODEL.hidden_size), torch.randn(MODEL.hidden_size, MODEL.hidden_size)
+
+    def works(*reduced: torch.Tensor) -> None:
+        for _ in range(calls):
+            torch.nn.functional.linear(rows, weight)
+            for x in reduced:
+                dist.all_reduce(x)
+
+    alone, begin, end = (median_seconds(lambda x=x: works(*x)) / calls for x in ((), (small,), (large,)))
     share = 2 * (ranks - 1) / ranks
     bandwidth = share * (large.nbytes - small.nbytes) / max(end - begin, 1e-9)
-    return {"latency": max(0.0, begin - share * small.nbytes / bandwidth) / 2, "bandwidth": bandwidth}
+    return {"latency": max(0.0, begin - alone - share * small.nbytes / bandwidth) / 2, "bandwidth": bandwidth}
 
 
 def measure(processes: int, threads: int, command: str) -> dict:
@@ -212,6 +225,7 @@ def measure(processes: int, threads: int, command: str) -> dict:
             "memory_bandwidth": copying(),
             "elementwise_bandwidth": elementwise(),
             "flops": {"fp32": products(torch.float32)},
+            "decode_flops": {"fp32": products(torch.float32, Linear)},
             "attention_flops": {"fp32": attention(torch.float32)},
             "optimizer": update(runtime),
             "overheads": overheads(runtime),

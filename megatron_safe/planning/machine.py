@@ -48,7 +48,8 @@ class Machine:
     """One kind of device and its links.
 
     basis: whether the constants were measured on such a machine, or come from a data sheet. flops: by dtype, pairs of
-    (rows of a matrix product, FLOP/s reached), rows ascending. attention_flops: by dtype, reached by causal attention.
+    (rows of a matrix product, FLOP/s reached), rows ascending; decode_flops: likewise of the generator, whose
+    products read other copies of the weights on a CPU. attention_flops: by dtype, reached by causal attention.
     memory_bandwidth: at which weights and cache are read. elementwise_bandwidth: of norms, activations and the like,
     with the traffic of `step_time.elementwise_bytes`. optimizer: seconds a parameter for an optimizer step (norm, clip,
     AdamW, zeroing), without collectives. reserved_bytes: of memory_bytes, what no tensor gets (context, communication
@@ -65,6 +66,7 @@ class Machine:
     memory_bandwidth: float
     elementwise_bandwidth: float
     flops: dict[str, list[tuple[float, float]]]
+    decode_flops: dict[str, list[tuple[float, float]]]
     attention_flops: dict[str, float]
     optimizer: float
     overheads: Overheads
@@ -140,10 +142,11 @@ def load_machine(path: str) -> Machine:
     for name, choices in (("basis", ("measured", "data sheet")), ("device", ("cpu", "gpu"))):
         if found[name] not in choices:
             raise UserError(f"--machine {path}: {name}: expected {' or '.join(choices)}, found {found[name]!r}")
-    for precision, known in found["flops"].items():
-        rows = [pair[0] for pair in known]
-        if not rows or rows != sorted(set(rows)) or min(rows) <= 0 or min(pair[1] for pair in known) <= 0:
-            raise UserError(f"--machine {path}: flops.{precision}: expected [rows, FLOP/s] pairs, rows ascending")
+    for name in ("flops", "decode_flops"):
+        for precision, known in found[name].items():
+            rows = [pair[0] for pair in known]
+            if not rows or rows != sorted(set(rows)) or min(rows) <= 0 or min(pair[1] for pair in known) <= 0:
+                raise UserError(f"--machine {path}: {name}.{precision}: expected [rows, FLOP/s] pairs, rows ascending")
     return Machine(**found)
 
 

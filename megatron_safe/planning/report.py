@@ -56,8 +56,9 @@ def main(arguments: list[str], parse_config) -> None:
     layout = layout_of(config, options.world_size)
     expected = Expected(options.mean_prompt_length, options.mean_new_tokens, options.vocab_size)
     work = workload_of(config, options.stage, layout, expected)
-    if work.precision not in machine.flops.keys() & machine.attention_flops.keys():
-        raise UserError(f"--machine {options.machine}: flops and attention_flops: expected {work.precision} in both")
+    for name in ("flops", "decode_flops", "attention_flops"):
+        if work.precision not in getattr(machine, name):
+            raise UserError(f"--machine {options.machine}: {name}: expected {work.precision} in it")
     found = memory_plan(work, layout, machine)
     print(text(work, layout, machine, found))
     if not found.fits:

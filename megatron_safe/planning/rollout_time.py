@@ -3,6 +3,7 @@
 Letters as in `memory`; C samples in a group's slots, R rows of a tick.
 """
 
+import dataclasses
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -71,6 +72,7 @@ def stage_seconds(
 ) -> float:
     """One tick on one stage: products, roofline with the weights read once; the cache read; prompts' own attention;
     two all-reduces a layer; on the last stage logits, sampling (8 passes over fp32 logits)."""
+    machine = dataclasses.replace(machine, flops=machine.decode_flops)
     s, b = Sizes.of(role.model, layout.tp), BYTES[precision]
     layers, last = role.model.num_layers // layout.pp, stage == layout.pp - 1
     rows, overheads = tick.samples + tick.prompt_rows, machine.overheads

@@ -28,7 +28,7 @@ def _blocks_of(weight: torch.Tensor) -> torch.Tensor:
 _TYPICAL_ROWS = 64  # blocks that suit so many suit others as well
 
 
-class _Linear:
+class Linear:
     """x -> x @ weight.T + bias.
 
     fp32 on a CPU goes through oneDNN with a copy of the weight in the blocks that its kernels read (what
@@ -98,13 +98,13 @@ class _Layer:
         if mlp_norm is None:
             mlp_norm = layer.pre_mlp_layernorm.weight
         self.attention_norm = _Norm(attention_norm, eps, attention.linear_qkv.weight)
-        self.qkv = _Linear(self.attention_norm.projection, attention.linear_qkv.bias)
+        self.qkv = Linear(self.attention_norm.projection, attention.linear_qkv.bias)
         self.query_norm = getattr(attention.q_layernorm, "weight", None)  # or an identity
         self.key_norm = getattr(attention.k_layernorm, "weight", None)
-        self.proj = _Linear(attention.linear_proj.weight)
+        self.proj = Linear(attention.linear_proj.weight)
         self.mlp_norm = _Norm(mlp_norm, eps, mlp.linear_fc1.weight)
         self.fc1 = _SwiGlu(self.mlp_norm.projection)
-        self.fc2 = _Linear(mlp.linear_fc2.weight)
+        self.fc2 = Linear(mlp.linear_fc2.weight)
 
 
 class Decoder:
@@ -127,7 +127,7 @@ class Decoder:
             self._embedding = module.embedding.word_embeddings.weight
         if module.post_process:
             self._final_norm = _Norm(module.decoder.final_layernorm.weight, self._eps, module.output_weight())
-            self._head = _Linear(self._final_norm.projection)
+            self._head = Linear(self._final_norm.projection)
             shard = module.output_weight().size(0)
             self._real = max(0, module.true_vocab_size - self._tp.rank() * shard)
         # "Packed": all positions, where Megatron-Core would give a context-parallel rank its own ones.
@@ -142,7 +142,7 @@ class Decoder:
     def num_layers(self) -> int:
         return len(self._layers)
 
-    def _add(self, hidden_Rh: torch.Tensor, linear: _Linear, x: torch.Tensor) -> torch.Tensor:
+    def _add(self, hidden_Rh: torch.Tensor, linear: Linear, x: torch.Tensor) -> torch.Tensor:
         """hidden + what the ranks' parts of the layer make of x."""
         return linear.plus(x, hidden_Rh) if self._tp.size() == 1 else hidden_Rh.add_(self._reduce(linear(x)))
 

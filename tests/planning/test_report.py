@@ -128,7 +128,7 @@ def test_what_cannot_be_is_refused_in_one_line(plan, more, settings, words):
         ({"basis": "guessed"}, "basis: expected measured or data sheet, found 'guessed'"),
         ({"optimizer": 0}, "optimizer: expected a number above 0, found 0"),
         ({"flops": {"fp32": [[64, 1e9], [8, 1e9]]}}, "flops.fp32: expected [rows, FLOP/s] pairs"),
-        ({"flops": {"bf16": [[64, 1e9]]}}, "expected fp32 in both"),
+        ({"flops": {"bf16": [[64, 1e9]]}}, "flops: expected fp32 in it"),
         ({"inside": {"latency": 0.0}}, "inside.bandwidth: missing"),
         ({"color": "red"}, "color: no such field"),
     ],

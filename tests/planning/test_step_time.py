@@ -86,8 +86,8 @@ def test_ticks_by_hand():
 
 def test_a_tick_by_hand(machine):
     tick, weights = Tick(10, 0.0, 700.0, 90.0), 16 * 8 + 8 * 8 + 24 * 8 + 12 * 8
-    layer = 2 * 10 * weights / 1e9 + 4 * 10 * 312 / 2e9 + 1e-5 + 2 * 4 * 4 * 700 / 1e9
-    head = 2 * 10 * 8 * 32 / 1e9 + 8 * 4 * 10 * 32 / 2e9
+    layer = 2 * 10 * weights / 5e8 + 4 * 10 * 312 / 2e9 + 1e-5 + 2 * 4 * 4 * 700 / 1e9
+    head = 2 * 10 * 8 * 32 / 5e8 + 8 * 4 * 10 * 32 / 2e9
     found = stage_seconds(ACTOR, tick, 5.0, "fp32", Layout(), 0, machine)
     assert found == pytest.approx(2 * layer + 1e-4 + head)
     on_cpu = dataclasses.replace(machine, device="cpu")
@@ -136,13 +136,15 @@ def test_more_work_takes_longer(machine, layout, pack, packs, precision):
 @settings(deadline=None)
 @given(
     layout=LAYOUTS, pack=PACKS, factor=st.floats(1, 10),
-    field=st.sampled_from(["memory_bandwidth", "elementwise_bandwidth", "optimizer", "inside", "between", "flops"]),
+    field=st.sampled_from([
+        "memory_bandwidth", "elementwise_bandwidth", "optimizer", "inside", "between", "flops", "decode_flops",
+    ]),
 )  # fmt: skip
 def test_a_better_machine_is_not_slower(machine, layout, pack, factor, field):
     value = getattr(machine, field)
     if field == "optimizer":
         better = value / factor
-    elif field == "flops":
+    elif field in ("flops", "decode_flops"):
         better = {name: [(rows, factor * rate) for rows, rate in known] for name, known in value.items()}
     elif field in ("inside", "between"):
         better = dataclasses.replace(value, latency=value.latency / factor, bandwidth=value.bandwidth * factor)

@@ -43,8 +43,8 @@ SECONDS = 0.4
 """For each constant, or three repeats if that is longer."""
 
 
-def median_seconds(work) -> float:
-    """Of one call, over repeats that all processes start together."""
+def quartile_seconds(work) -> float:
+    """Of one call: the lower quartile of repeats that all processes start together, as other programs only add time."""
     work()
     found, end = [], time.perf_counter() + SECONDS
     count = torch.zeros(1)
@@ -56,7 +56,7 @@ def median_seconds(work) -> float:
         # As long as anybody has time left, so that the others' work is as heavy as it was.
         count.fill_(float(time.perf_counter() < end))
         dist.all_reduce(count)
-    return statistics.median(found)
+    return statistics.quantiles(found, n=4)[0]
 
 
 def products(dtype: torch.dtype, of=lambda weight: partial(torch.nn.functional.linear, weight=weight)) -> list:
@@ -69,7 +69,7 @@ def products(dtype: torch.dtype, of=lambda weight: partial(torch.nn.functional.l
     found = []
     for rows in ROWS:
         inputs = {width: torch.randn(rows, width, dtype=dtype) for width in (h, f)}
-        seconds = median_seconds(lambda x=inputs: [linear(x[width]) for linear, width in linears])
+        seconds = quartile_seconds(lambda x=inputs: [linear(x[width]) for linear, width in linears])
         found.append((rows, rows * flops / seconds))
     return found
 
@@ -78,7 +78,7 @@ def attention(dtype: torch.dtype) -> float:
     length, rows = 80, 16
     heads = MODEL.num_attention_heads
     query, key, value = torch.randn(3, rows, heads, length, MODEL.hidden_size // heads, dtype=dtype)
-    seconds = median_seconds(
+    seconds = quartile_seconds(
         lambda: torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
     )
     return 2 * MODEL.hidden_size * rows * length * length / seconds
@@ -103,13 +103,13 @@ def elementwise() -> float:
         query.transpose(0, 1).contiguous()
 
     with torch.no_grad():
-        return elementwise_bytes(Sizes.of(MODEL, 1), tokens, tokens, 4) / median_seconds(layer)
+        return elementwise_bytes(Sizes.of(MODEL, 1), tokens, tokens, 4) / quartile_seconds(layer)
 
 
 def copying() -> float:
     source = torch.zeros(2**24)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source))
+    return 2 * source.nbytes / quartile_seconds(lambda: target.copy_(source))
 
 
 def update(runtime) -> float:
@@ -122,7 +122,7 @@ def update(runtime) -> float:
         role.zero_grad()
         role.step()
 
-    return median_seconds(step) / parameters
+    return quartile_seconds(step) / parameters
 
 
 def overheads(runtime) -> dict[str, float]:
@@ -148,8 +148,8 @@ def overheads(runtime) -> dict[str, float]:
         role = Role("reward_critic", model, runtime, 64, "fp32", 0, OptimizerConfig(), 1000)
         most = int(rows.lengths_B.sum()) // packs
         return (
-            median_seconds(lambda: forward(role, rows, most, lambda scores_N, _: scores_N)),
-            median_seconds(lambda: forward_backward(role, rows, most, loss, ("loss",))),
+            quartile_seconds(lambda: forward(role, rows, most, lambda scores_N, _: scores_N)),
+            quartile_seconds(lambda: forward_backward(role, rows, most, loss, ("loss",))),
         )
 
     (few, few_train), (many, _), (deep, deep_train) = passes(2, 1), passes(2, 8), passes(DEEP, 1)
@@ -181,7 +181,7 @@ def tick(layers: int, runtime) -> float:
 
     def rollout(tokens: int) -> float:
         config = RolloutConfig(max_new_tokens=tokens, max_prompt_length=4)
-        return median_seconds(lambda: generate(role, prompts, torch.arange(16), config, 0, -1, 0))
+        return quartile_seconds(lambda: generate(role, prompts, torch.arange(16), config, 0, -1, 0))
 
     return (rollout(40) - rollout(8)) / 32
 
@@ -201,7 +201,7 @@ def link(runtime) -> dict[str, float]:
             for x in reduced:
                 dist.all_reduce(x)
 
-    alone, begin, end = (median_seconds(lambda x=x: works(*x)) / calls for x in ((), (small,), (large,)))
+    alone, begin, end = (quartile_seconds(lambda x=x: works(*x)) / calls for x in ((), (small,), (large,)))
     share = 2 * (ranks - 1) / ranks
     bandwidth = share * (large.nbytes - small.nbytes) / max(end - begin, 1e-9)
     return {"latency": max(0.0, begin - alone - share * small.nbytes / bandwidth) / 2, "bandwidth": bandwidth}

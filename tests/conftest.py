@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_safe.config import ParallelConfig
@@ -19,6 +20,10 @@ from megatron_safe.runtime import start
 if not torch.cuda.is_available():
     # Triton's interpreter stands in for a GPU. Here, because triton looks once: when the first kernel is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# How long an example takes says how busy the machine is, and nothing about the law.
+settings.register_profile("untimed")
+settings.load_profile("untimed")
 
 # transformers, which these compare with, needs Python 3.11.
 collect_ignore = [] if sys.version_info >= (3, 11) else ["huggingface"]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from megatron_safe.config import RolloutConfig
 from megatron_safe.data.batches import collate, encode_prompts
 from megatron_safe.data.datasets import PromptDataset
-from megatron_safe.data.records import Prompt
+from megatron_safe.data.records import History, Prompt
 from megatron_safe.data.sampler import shard
 from megatron_safe.data.tokenizer import Tokenizer
 from megatron_safe.errors import UserError
@@ -38,6 +38,7 @@ class Answer:
     ended: whether EOS followed it; False where it was cut off at a length limit.
     red_team, category: the prompt's.
     sample: which of the answers to this prompt, from 0.
+    history: the prompt's.
     """
 
     prompt: str
@@ -46,6 +47,7 @@ class Answer:
     red_team: bool = False
     category: str | None = None
     sample: int = 0
+    history: History = ()
 
 
 def generate_answers(
@@ -104,6 +106,7 @@ def generate_answers(
                     red_team=record.red_team,
                     category=record.category,
                     sample=sample_id % samples_per_prompt,
+                    history=record.history,
                 )
             )
     return answers

@@ -15,21 +15,37 @@ from megatron_safe.models.roles import Role
 class Judgement:
     """One answer on the paper's two separate dimensions.
 
-    helpfulness: orders answers to one prompt, higher is more helpful.
-    harmful: the verdict that harmful rates count.
-    harm: orders answers to one prompt, higher is more harmful.
-    refusal: whether the answer refuses; None from a judge that cannot tell.
+    helpfulness: orders answers to one prompt, higher is more helpful; None from a judge that only compares.
+    harmful: the verdict that harmful rates count; None where the judge gave none that can be read.
+    harm: orders answers to one prompt, higher is more harmful; None from a judge that only compares.
+    refusal: whether the answer refuses; None from a judge that cannot tell. One that is harmful too leaks.
+    categories: names of the harms found, where the judge names them.
     """
 
-    helpfulness: float
-    harmful: bool
-    harm: float
+    helpfulness: float | None
+    harmful: bool | None
+    harm: float | None
     refusal: bool | None = None
+    categories: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """The first of two answers to one prompt against the second: 1 it wins, 0 it loses, 0.5 a tie, None no verdict.
+
+    helpful, harmless: two questions, asked and answered apart.
+    """
+
+    helpful: float | None
+    harmless: float | None
 
 
 class Judge(Protocol):
     def judge(self, answers: Sequence[Answer]) -> list[Judgement]:
         """One judgement per answer, in order, the same on every rank."""
+
+    def compare(self, pairs: Sequence[tuple[Answer, Answer]]) -> list[Preference]:
+        """One preference per pair of answers to one prompt, in order, the same on every rank."""
 
 
 class ModelJudge:

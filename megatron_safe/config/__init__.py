@@ -3,6 +3,8 @@
 A stage is configured by one YAML file plus dotted overrides (`--ppo.kl_coeff 0.1`), which `cli.parse` reads.
 """
 
+import dataclasses
+
 from megatron_safe.config.sections import (
     BatchConfig,
     DataConfig,
@@ -22,7 +24,6 @@ from megatron_safe.config.sections import (
     TokenizerConfig,
 )
 from megatron_safe.config.stages import (
-    STAGES,
     EvaluateConfig,
     GenerateConfig,
     PpoConfig,
@@ -31,7 +32,6 @@ from megatron_safe.config.stages import (
     SftConfig,
     StageConfig,
     SupervisedConfig,
-    to_dict,
 )
 
 __all__ = [
@@ -62,3 +62,20 @@ __all__ = [
     "TokenizerConfig",
     "to_dict",
 ]
+
+STAGES: dict[str, type] = {
+    "sft": SftConfig,
+    "reward": PreferenceConfig,
+    "cost": PreferenceConfig,
+    "ppo-lag": PpoConfig,
+    "ppo": PpoConfig,
+    "ppo-reward-shaping": PpoConfig,
+    "generate": GenerateConfig,
+    "score": ScoreConfig,
+    "evaluate": EvaluateConfig,
+}
+
+
+def to_dict(config) -> dict:
+    """The resolved config as plain data, as written to OUT/config.yaml."""
+    return dataclasses.asdict(config)

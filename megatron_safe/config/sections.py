@@ -1,4 +1,4 @@
-"""Sections of settings, as typed dataclasses. Field docs are what `megatron-safe STAGE --help` prints."""
+"""Sections of the settings, as typed dataclasses. Field docs are what `megatron-safe STAGE --help` prints."""
 
 from dataclasses import dataclass, field
 from typing import Literal

@@ -1,6 +1,5 @@
 """Stages, each with its sections, as typed dataclasses."""
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -123,21 +122,3 @@ class EvaluateConfig(StageConfig):
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute type."""
-
-
-STAGES: dict[str, type] = {
-    "sft": SftConfig,
-    "reward": PreferenceConfig,
-    "cost": PreferenceConfig,
-    "ppo-lag": PpoConfig,
-    "ppo": PpoConfig,
-    "ppo-reward-shaping": PpoConfig,
-    "generate": GenerateConfig,
-    "score": ScoreConfig,
-    "evaluate": EvaluateConfig,
-}
-
-
-def to_dict(config) -> dict:
-    """The resolved config as plain data, as written to OUT/config.yaml."""
-    return dataclasses.asdict(config)

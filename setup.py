@@ -13,6 +13,7 @@ setup(
     description="Safe RLHF (Dai et al., 2023) at Megatron scale",
     python_requires=">=3.10",
     packages=[*find_packages(include=["megatron_safe", "megatron_safe.*"]), "megatron_safe.kernels"],
+    package_data={"megatron_safe.evaluation": ["attacks.json"]},
     # A top-level package called `kernels` would overwrite the Hugging Face package of that name.
     package_dir={"megatron_safe.kernels": "kernels"},
     install_requires=[

@@ -78,6 +78,10 @@ def run_stage(stage: str, config, runtime) -> None:
         from megatron_safe.training import ppo_lag
 
         ppo_lag.run(config, runtime, stage)
+    elif stage == "red-team":
+        from megatron_safe.evaluation import red_team
+
+        red_team.run(config, runtime)
     else:
         from megatron_safe.evaluation import stages
 

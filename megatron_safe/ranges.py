@@ -16,6 +16,7 @@ from megatron_safe.config import (
     ParallelConfig,
     PpoTrainingConfig,
     PreferenceTrainingConfig,
+    RedTeamingConfig,
     RolloutConfig,
     RunConfig,
     ScoreDataConfig,
@@ -106,6 +107,7 @@ RANGES: dict[type, dict[str, Range]] = {
     },
     LagrangeConfig: {"episode_cost_window": _at_least(1)},
     GenerateDataConfig: {"samples_per_prompt": _at_least(1)},
+    RedTeamingConfig: {"keep": _at_least(0), "max_per_seed": _at_least(0), "max_similarity": _SHARE},
     ScoreDataConfig: {"max_length": _at_least(2)},
 }
 

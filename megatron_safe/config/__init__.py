@@ -17,6 +17,7 @@ from megatron_safe.config.sections import (
     PpoDataConfig,
     PpoTrainingConfig,
     PreferenceTrainingConfig,
+    RedTeamingConfig,
     RolloutConfig,
     RunConfig,
     ScoreDataConfig,
@@ -28,6 +29,7 @@ from megatron_safe.config.stages import (
     GenerateConfig,
     PpoConfig,
     PreferenceConfig,
+    RedTeamConfig,
     ScoreConfig,
     SftConfig,
     StageConfig,
@@ -50,6 +52,8 @@ __all__ = [
     "PpoTrainingConfig",
     "PreferenceConfig",
     "PreferenceTrainingConfig",
+    "RedTeamConfig",
+    "RedTeamingConfig",
     "RolloutConfig",
     "RunConfig",
     "STAGES",
@@ -73,6 +77,7 @@ STAGES: dict[str, type] = {
     "generate": GenerateConfig,
     "score": ScoreConfig,
     "evaluate": EvaluateConfig,
+    "red-team": RedTeamConfig,
 }
 
 

@@ -277,6 +277,23 @@ class GenerateDataConfig:
 
 
 @dataclass
+class RedTeamingConfig:
+    templates: str | None = None
+    """JSON file of attack templates (default: those that come with this package)."""
+    pool: list[str] = field(default_factory=list)
+    """JSONL files of the prompts used so far; they stand before the new ones in OUT/prompts.jsonl."""
+    threshold: float = 0.0
+    """An attack has succeeded when the mean cost of the answers to it is above this."""
+    keep: int = 0
+    """Keep at most this many attacks (0: all that succeeded and are not too alike)."""
+    max_per_seed: int = 2
+    """Keep at most this many attacks with the same seed prompt (0: any number)."""
+    max_similarity: float = 0.8
+    """Leave out an attack that shares more than this of its words and pairs of words with one that is kept; what most
+    attacks share, such as a template's own words, counts little."""
+
+
+@dataclass
 class ScoreDataConfig:
     answers: list[str] = field(default_factory=list)
     """JSONL files of {"prompt", "response"}."""

@@ -15,6 +15,7 @@ from megatron_safe.config.sections import (
     PpoDataConfig,
     PpoTrainingConfig,
     PreferenceTrainingConfig,
+    RedTeamingConfig,
     RolloutConfig,
     RunConfig,
     ScoreDataConfig,
@@ -93,6 +94,20 @@ class GenerateConfig(StageConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     data: GenerateDataConfig = field(default_factory=GenerateDataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Compute type."""
+
+
+@dataclass
+class RedTeamConfig(StageConfig):
+    """Attacks on a policy, ranked by the cost model; the diverse successful ones join the prompts in OUT/prompts.jsonl.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cost_model: ModelConfig = field(default_factory=ModelConfig)
+    data: GenerateDataConfig = field(default_factory=GenerateDataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    red_team: RedTeamingConfig = field(default_factory=RedTeamingConfig)
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute type."""
 

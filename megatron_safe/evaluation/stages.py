@@ -15,6 +15,7 @@ from megatron_safe.config import (
     EvaluateConfig,
     GenerateConfig,
     ModelConfig,
+    RedTeamConfig,
     ScoreConfig,
 )
 from megatron_safe.data.datasets import PromptDataset
@@ -145,7 +146,9 @@ def read_answers(paths: list[str]) -> list[Answer]:
 # What can be wrong, before anything large is loaded.
 
 
-def prompts_to_answer(config: GenerateConfig | EvaluateConfig, tokenizer: Tokenizer, runtime: Runtime) -> list[Prompt]:
+def prompts_to_answer(
+    config: GenerateConfig | EvaluateConfig | RedTeamConfig, tokenizer: Tokenizer, runtime: Runtime
+) -> list[Prompt]:
     """The prompts that are short enough; says how many are not. Raises UserError for bad data or settings."""
     check_batch_size(config.data.batch_size, runtime)
     prompts = PromptDataset(
@@ -225,9 +228,12 @@ def write_rows(path: Path, rows: Iterable[Mapping], runtime: Runtime) -> None:
 
 
 def load(
-    name: str, model: ModelConfig, config: GenerateConfig | ScoreConfig | EvaluateConfig, tokenizer: Tokenizer,
+    name: str,
+    model: ModelConfig,
+    config: GenerateConfig | ScoreConfig | EvaluateConfig | RedTeamConfig,
+    tokenizer: Tokenizer,
     runtime: Runtime,
-) -> Role:  # fmt: skip
+) -> Role:
     return make_role(name, model, config.precision, config.run.seed, tokenizer, runtime, resume=None)
 
 

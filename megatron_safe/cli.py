@@ -9,6 +9,7 @@ import os
 import sys
 
 from megatron_safe.config import STAGES
+from megatron_safe.data.mixture import check_entries
 from megatron_safe.errors import UserError
 from megatron_safe.ranges import check_ranges
 
@@ -47,6 +48,7 @@ def parse(stage: str, arguments: list[str]):
         raise UserError(" ".join(str(error).split())) from error
     config = STAGES[stage](**{field.name: values[field.name] for field in dataclasses.fields(STAGES[stage])})
     check_ranges(config)
+    check_entries(stage, config.data)
     return config
 
 

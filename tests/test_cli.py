@@ -218,12 +218,12 @@ BAD = {
         "actor.max_sequence_length: expected at least the 111 tokens of the longest row, found 40",
     ),
     # data
-    "no data": ("sft", ["--data.train=[]"], "data files: expected at least one .jsonl"),
+    "no data": ("sft", ["--data.train=[]"], "data.train: expected at least one path or {{source"),
     "missing data": (
-        "sft", ["--data.train=[{tmp}/none.jsonl]"], "none.jsonl: expected a .jsonl or .jsonl.gz file, found",
+        "sft", ["--data.train=[{tmp}/none.jsonl]"], "none.jsonl: expected a .jsonl, .json (either also",
     ),
-    "a folder of data": ("reward", ["--data.train=[{tmp}]"], "expected a .jsonl or .jsonl.gz file, found a directory"),
-    "a text file": ("sft", ["--data.train=[{text}]"], "text.txt: expected a .jsonl or .jsonl.gz file, found a name"),
+    "a folder of data": ("reward", ["--data.train=[{tmp}]"], "expected train.jsonl, train.json (.gz, .xz) or"),
+    "a text file": ("sft", ["--data.train=[{text}]"], "text.txt: expected a .jsonl, .json (either"),
     "an empty file": ("sft", ["--data.train=[{empty}]"], "empty.jsonl: expected at least one row, found an empty file"),
     "not JSON": (
         "sft", ["--data.train=[{broken}]"], "broken.jsonl, line 2: expected a JSON object, found invalid JSON",

@@ -1,7 +1,7 @@
 """Sections of the settings, as typed dataclasses. Field docs are what `megatron-safe STAGE --help` prints."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass
@@ -169,18 +169,24 @@ class PreferenceTrainingConfig:
 
 @dataclass
 class DataConfig:
-    train: list[str] = field(default_factory=list)
-    """JSONL files to train on."""
-    eval: list[str] = field(default_factory=list)
-    """Held-out JSONL files, measured at the end (optional)."""
+    train: list[str | dict[str, Any]] = field(default_factory=list)
+    """What to train on. Each entry is a path (JSONL of our own form) or {path, source, split, weight, question}: source
+    is the published form, weight the entry's part of every batch (default: all rows alike)."""
+    eval: list[str | dict[str, Any]] = field(default_factory=list)
+    """Held-out entries, measured at the end (optional); no weights."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """A row that is not as its source describes ends the run, or is left out and counted."""
 
 
 @dataclass
 class PpoDataConfig:
-    prompts: list[str] = field(default_factory=list)
-    """JSONL files of prompts: {"prompt": str, "red_team": bool, "category": str}."""
-    ptx: list[str] = field(default_factory=list)
-    """JSONL demonstrations for the PTX term (needed when ppo.ptx_coeff > 0)."""
+    prompts: list[str | dict[str, Any]] = field(default_factory=list)
+    """Prompts: entries as in `data.train` of the other stages; rows {"prompt": str, "red_team": bool, "category": str}.
+    """
+    ptx: list[str | dict[str, Any]] = field(default_factory=list)
+    """Demonstrations for the PTX term (needed when ppo.ptx_coeff > 0)."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """A row that is not as its source describes ends the run, or is left out and counted."""
 
 
 @dataclass
@@ -268,8 +274,10 @@ class LagrangeConfig:
 
 @dataclass
 class GenerateDataConfig:
-    prompts: list[str] = field(default_factory=list)
-    """JSONL files of prompts."""
+    prompts: list[str | dict[str, Any]] = field(default_factory=list)
+    """Prompts. Each entry is a path (JSONL of our own form) or {path, source, split, question}."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """A row that is not as its source describes ends the run, or is left out and counted."""
     batch_size: int = 256
     """Prompts generated at a time, over all data-parallel ranks."""
     samples_per_prompt: int = 1

@@ -10,28 +10,35 @@ class ShuffledStream:
 
     A batch may span two epochs, so none is ever short and every row is used equally often.
 
-    size: rows in the dataset. batch_size: rows in a global batch. seed: 0 or more.
+    size: rows in the dataset. batch_size: rows in a global batch. seed: 0 or more. number: sequences of another number
+    are shuffled independently.
     UserError where one is out of range.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int):
+    def __init__(self, size: int, batch_size: int, seed: int, number: int = 0):
         for name, value, least in (("dataset size", size, 1), ("batch size", batch_size, 1), ("seed", seed, 0)):
             if value < least:
                 raise UserError(f"{name}: expected {least} or more, found {value}")
         self.size = size
         self.batch_size = batch_size
         self.seed = seed
+        self.number = number
         self._cached: tuple[int, np.ndarray] | None = None  # the last epoch's order; saves a shuffle per step
 
     def indices(self, step: int) -> list[int]:
         """The `batch_size` row indices of a step (from 0), the same whatever was asked before."""
-        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return [int(self._order(position // self.size)[position % self.size]) for position in positions]
+        return [self.index(place) for place in range(step * self.batch_size, (step + 1) * self.batch_size)]
+
+    def index(self, place: int) -> int:
+        """The row at a place of the sequence, from 0."""
+        return int(self._order(place // self.size)[place % self.size])
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._cached is None or self._cached[0] != epoch:
             # Sorting raw Philox words, not Generator.permutation: numpy promises the words for all its versions.
-            words = np.random.Philox(key=np.array([self.seed, epoch], dtype=np.uint64)).random_raw(self.size)
+            key = np.array([self.seed, epoch], dtype=np.uint64)
+            counter = np.array([0, 0, 0, self.number], dtype=np.uint64)  # rows count up its other end
+            words = np.random.Philox(key=key, counter=counter).random_raw(self.size)
             self._cached = epoch, np.argsort(words, kind="stable")
         return self._cached[1]
 

@@ -19,8 +19,9 @@ from megatron_safe.config import (
     ScoreConfig,
 )
 from megatron_safe.data.datasets import PromptDataset
+from megatron_safe.data.mixture import read
 from megatron_safe.data.records import Prompt
-from megatron_safe.data.sources import read_prompts, read_rows
+from megatron_safe.data.rows import read_rows
 from megatron_safe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_safe.errors import UserError
 from megatron_safe.evaluation.answers import Answer, generate_answers, score_answers
@@ -131,7 +132,7 @@ def evaluate(config: EvaluateConfig, runtime: Runtime) -> None:
 def read_answers(paths: list[str]) -> list[Answer]:
     """Rows with `prompt`, `response` (may be empty) and optionally `ended` (bool, default true).
 
-    Raises UserError as the readers in `data.sources`.
+    Raises UserError as `data.sources.read_demonstrations`.
     """
     return [
         Answer(
@@ -151,8 +152,11 @@ def prompts_to_answer(
 ) -> list[Prompt]:
     """The prompts that are short enough; says how many are not. Raises UserError for bad data or settings."""
     check_batch_size(config.data.batch_size, runtime)
+    mixture = read(
+        "prompts", "data.prompts", config.data.prompts, config.data.on_bad_row, weighted=False, say=runtime.print
+    )
     prompts = PromptDataset(
-        read_prompts(config.data.prompts), tokenizer, config.tokenizer.template, config.rollout.max_prompt_length
+        mixture.records, tokenizer, config.tokenizer.template, config.rollout.max_prompt_length
     )
     runtime.print(prompts.report())
     return prompts.records

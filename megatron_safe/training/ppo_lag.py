@@ -5,15 +5,17 @@ cost critic) and `ppo-reward-shaping` (λ = ν; GAE is linear, so mixing advanta
 learning from the shaped reward (r - ν c) / (1 + ν)).
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from megatron_safe.algorithms.lagrange import LagrangeMultiplier
 from megatron_safe.config import LagrangeConfig, PpoConfig, PpoTrainingConfig
+from megatron_safe.data.batches import TokenBatch
 from megatron_safe.data.datasets import DemonstrationDataset, PromptDataset
+from megatron_safe.data.mixture import MixtureStream, read
 from megatron_safe.data.sampler import ShuffledStream, shard, shard_by_length
-from megatron_safe.data.sources import read_demonstrations, read_prompts
 from megatron_safe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_safe.errors import UserError
 from megatron_safe.kernels.shaped_gae import mixed_moments
@@ -39,11 +41,12 @@ def run(config: PpoConfig, runtime: Runtime, algorithm: Algorithm) -> None:
     ppo = config.ppo
     check(config, runtime, algorithm)
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.template)
+    mixture = read("prompts", "data.prompts", config.data.prompts, config.data.on_bad_row, say=runtime.print)
     prompts = PromptDataset(
-        read_prompts(config.data.prompts), tokenizer, config.tokenizer.template, config.rollout.max_prompt_length
+        mixture.records, tokenizer, config.tokenizer.template, config.rollout.max_prompt_length
     )
-    stream = PromptStream(prompts, ppo.rollout_batch_size, ppo.red_team_share, config.run.seed)
-    demonstrations = ptx_dataset(config, tokenizer)
+    stream = PromptStream(prompts, ppo.rollout_batch_size, ppo.red_team_share, config.run.seed, mixture)
+    demonstrations = ptx_demonstrations(config, tokenizer, runtime)
     multiplier = LagrangeMultiplier(**multiplier_settings(config.lagrange), device=runtime.device)
 
     with Run(config, algorithm, ppo.steps, runtime) as folder:
@@ -137,11 +140,27 @@ def multiplier_settings(lagrange: LagrangeConfig) -> dict:
     )
 
 
-def ptx_dataset(config: PpoConfig, tokenizer: Tokenizer) -> DemonstrationDataset | None:
+@dataclass(frozen=True, slots=True, eq=False)
+class PtxDemonstrations:
+    """What the PTX term learns from: its rows, and those of each global batch."""
+
+    data: DemonstrationDataset
+    stream: ShuffledStream | MixtureStream
+
+    def batch(self, update: int, runtime: Runtime) -> TokenBatch:
+        """This data-parallel rank's rows of the batch of an update (from 0)."""
+        indices = self.stream.indices(update)
+        lengths = self.data.lengths(indices)
+        return self.data.batch(shard_by_length(indices, lengths, runtime.dp_rank, runtime.dp_size))
+
+
+def ptx_demonstrations(config: PpoConfig, tokenizer: Tokenizer, runtime: Runtime) -> PtxDemonstrations | None:
     if config.ppo.ptx_coeff <= 0:
         return None
+    mixture = read("demonstrations", "data.ptx", config.data.ptx, config.data.on_bad_row, say=runtime.print)
     longest = config.rollout.max_prompt_length + config.rollout.max_new_tokens
-    return DemonstrationDataset(read_demonstrations(config.data.ptx), tokenizer, config.tokenizer.template, longest)
+    data = DemonstrationDataset(mixture.records, tokenizer, config.tokenizer.template, longest)
+    return PtxDemonstrations(data, mixture.stream(data.records, config.ppo.mini_batch_size, config.run.seed))
 
 
 def make_roles(
@@ -176,7 +195,7 @@ def train(
     roles: dict[str, Role],
     scores: Scores,
     lam: torch.Tensor,
-    demonstrations: DemonstrationDataset | None,
+    demonstrations: PtxDemonstrations | None,
     step: int,
     runtime: Runtime,
 ) -> tuple[Experience, dict[str, float]]:
@@ -227,7 +246,7 @@ def learn(
     critics: list[Role],
     experience: Experience,
     mix: Mix,
-    demonstrations: DemonstrationDataset | None,
+    demonstrations: PtxDemonstrations | None,
     step: int,
     runtime: Runtime,
 ) -> dict[str, float]:
@@ -239,7 +258,6 @@ def learn(
     ppo = config.ppo
     batches = ppo.rollout_batch_size // ppo.mini_batch_size
     rows_per_batch = ppo.mini_batch_size // runtime.dp_size
-    ptx_stream = demonstrations and ShuffledStream(len(demonstrations), ppo.mini_batch_size, config.run.seed)
     measured: dict[str, list[float]] = {}
     for update in range(ppo.epochs * batches):
         start = (update % batches) * rows_per_batch
@@ -249,9 +267,7 @@ def learn(
         if step >= ppo.critic_warmup_steps:
             ptx = None
             if demonstrations is not None:
-                indices = ptx_stream.indices(step * ppo.epochs * batches + update)
-                lengths = demonstrations.lengths(indices)
-                ptx = demonstrations.batch(shard_by_length(indices, lengths, runtime.dp_rank, runtime.dp_size))
+                ptx = demonstrations.batch(step * ppo.epochs * batches + update, runtime)
             values |= actor_step(actor, experience, mix, rows, ppo, config.rollout.temperature, normalizer, ptx)
         for critic in critics:
             values |= critic_step(critic, experience, rows, ppo, normalizer)

@@ -11,8 +11,8 @@ import torch
 from megatron_safe.algorithms.preference import cost_loss_B, reward_loss_B
 from megatron_safe.config import PreferenceConfig
 from megatron_safe.data.datasets import ComparisonBatch, ComparisonDataset
-from megatron_safe.data.sampler import ShuffledStream, shard_by_length
-from megatron_safe.data.sources import read_comparisons
+from megatron_safe.data.mixture import Mixture, read
+from megatron_safe.data.sampler import shard_by_length
 from megatron_safe.data.tokenizer import load_tokenizer
 from megatron_safe.models.packing import Sequences
 from megatron_safe.models.pipeline import forward, forward_backward
@@ -24,6 +24,7 @@ from megatron_safe.training.run import Run, check_batch
 from megatron_safe.training.setup import make_role
 
 Which = Literal["reward", "cost"]
+LABELS = {"reward": "better_response_id", "cost": "safer_response_id"}
 STATISTICS = {
     "reward": ("loss", "accuracy", "score"),
     "cost": ("loss", "accuracy", "sign_accuracy", "score"),
@@ -106,12 +107,18 @@ def run(config: PreferenceConfig, runtime: Runtime, which: Which) -> None:
     check_batch(config.batch.global_batch_size, runtime, "batch.global_batch_size")
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.template)
 
-    def dataset(paths):
-        records = read_comparisons(paths)
-        return ComparisonDataset(records, tokenizer, config.tokenizer.template, config.batch.max_length, which)
+    def mix(name: str, weighted: bool) -> Mixture:
+        values, on_bad_row = getattr(config.data, name), config.data.on_bad_row
+        return read("comparisons", f"data.{name}", values, on_bad_row, LABELS[which], weighted, runtime.print)
 
-    data = dataset(config.data.train)
-    held_out = dataset(config.data.eval) if config.data.eval else None
+    def dataset(mixture: Mixture) -> ComparisonDataset:
+        return ComparisonDataset(
+            mixture.records, tokenizer, config.tokenizer.template, config.batch.max_length, which
+        )
+
+    mixture = mix("train", weighted=True)
+    data = dataset(mixture)
+    held_out = dataset(mix("eval", weighted=False)) if config.data.eval else None
     steps, pairs = config.training.steps, config.batch.global_batch_size
     with Run(config, which, steps, runtime) as folder:
         role = make_role(
@@ -121,7 +128,7 @@ def run(config: PreferenceConfig, runtime: Runtime, which: Which) -> None:
         if folder.resume:
             checkpoint.load_training([role], folder.resume)
         runtime.print(data.report())
-        stream = ShuffledStream(len(data), pairs, config.run.seed)
+        stream = mixture.stream(data.records, pairs, config.run.seed)
         timer = PhaseTimer()
         loss = pair_loss(which, config.training.score_l2, pairs)
         for step in range(folder.first_step, steps):

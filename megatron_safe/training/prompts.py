@@ -1,6 +1,7 @@
 """Which prompts each rollout batch answers."""
 
 from megatron_safe.data.datasets import PromptDataset
+from megatron_safe.data.mixture import Mixture
 from megatron_safe.data.sampler import ShuffledStream
 from megatron_safe.errors import UserError
 
@@ -9,11 +10,22 @@ class PromptStream:
     """Indices of each rollout batch, a pure function of seed and step.
 
     With a `red_team_share` the prompts marked red_team are a stream of their own, and each batch takes that share of
-    it, evenly spread so that every mini-batch has its part.
+    it, evenly spread so that every mini-batch has its part. Within each, the entries of a `mixture` with weights have
+    their parts, where they have such prompts.
     """
 
-    def __init__(self, prompts: PromptDataset, batch_size: int, red_team_share: float | None, seed: int):
-        """Raises UserError when the share is no share, or asks for a kind of prompt that is missing."""
+    def __init__(
+        self,
+        prompts: PromptDataset,
+        batch_size: int,
+        red_team_share: float | None,
+        seed: int,
+        mixture: Mixture | None = None,
+    ):
+        """mixture: what the prompts were read from; None for prompts that are all alike.
+
+        Raises UserError when the share is no share, or asks for a kind of prompt that is missing.
+        """
         everything = range(len(prompts))
         if red_team_share is None:
             self._pools = [list(everything)]
@@ -33,7 +45,12 @@ class PromptStream:
             self._pools = [pool for pool, _ in parts]
             sizes = [size for _, size in parts]
         self._streams = [
-            ShuffledStream(len(pool), size, seed) for pool, size in zip(self._pools, sizes, strict=True)
+            ShuffledStream(len(pool), size, seed)
+            if mixture is None
+            else mixture.stream(
+                [prompts.records[i] for i in pool], size, seed, may_lack=red_team_share is not None
+            )
+            for pool, size in zip(self._pools, sizes, strict=True)
         ]
 
     def indices(self, step: int) -> list[int]:

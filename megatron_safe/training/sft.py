@@ -6,8 +6,8 @@ Legend: n response tokens of a pack, h hidden size.
 from megatron_safe.config import SftConfig
 from megatron_safe.data.batches import TokenBatch
 from megatron_safe.data.datasets import DemonstrationDataset
-from megatron_safe.data.sampler import ShuffledStream, shard_by_length
-from megatron_safe.data.sources import read_demonstrations
+from megatron_safe.data.mixture import read
+from megatron_safe.data.sampler import shard_by_length
 from megatron_safe.data.tokenizer import load_tokenizer
 from megatron_safe.models.heads import token_log_probs
 from megatron_safe.models.packing import Sequences
@@ -44,8 +44,8 @@ def run(config: SftConfig, runtime: Runtime) -> None:
     """Train the actor; OUT/checkpoints holds it under the role name `actor`."""
     check_batch(config.batch.global_batch_size, runtime, "batch.global_batch_size")
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.template)
-    records = read_demonstrations(config.data.train)
-    data = DemonstrationDataset(records, tokenizer, config.tokenizer.template, config.batch.max_length)
+    mixture = read("demonstrations", "data.train", config.data.train, config.data.on_bad_row, say=runtime.print)
+    data = DemonstrationDataset(mixture.records, tokenizer, config.tokenizer.template, config.batch.max_length)
     steps = config.training.steps
     with Run(config, "sft", steps, runtime) as folder:
         actor = make_role(
@@ -55,7 +55,7 @@ def run(config: SftConfig, runtime: Runtime) -> None:
         if folder.resume:
             checkpoint.load_training([actor], folder.resume)
         runtime.print(data.report())
-        stream = ShuffledStream(len(data), config.batch.global_batch_size, config.run.seed)
+        stream = mixture.stream(data.records, config.batch.global_batch_size, config.run.seed)
         timer = PhaseTimer()
         for step in range(folder.first_step, steps):
             with timer.phase("train") as phase:

@@ -1,6 +1,8 @@
 """Small tokenizers, made here, and files of rows."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -75,3 +77,12 @@ def write_lines(tmp_path):
         return file
 
     return write
+
+
+@pytest.fixture
+def real_data():
+    """The folder of published files, which are not part of the project."""
+    folder = Path(os.environ.get("MEGATRON_SAFE_DATA", Path(__file__).parents[3] / "shared" / "data"))
+    if not folder.exists():
+        pytest.skip(f"no real data at {folder}; set MEGATRON_SAFE_DATA to its folder")
+    return folder

@@ -1,213 +1,261 @@
-"""Reading rows, and refusing bad ones with a message that names the place and never repeats a text."""
+"""The published forms, each in rows that we wrote: what they give, what they leave None, and what they leave out."""
 
-import gzip
 import json
-import os
-from pathlib import Path
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_safe.data.records import Comparison, Demonstration, Prompt
-from megatron_safe.data.sources import read_comparisons, read_demonstrations, read_prompts
-from megatron_safe.errors import UserError
+from megatron_safe.data.rows import BadRow, BadRows, Row, read_rows
+from megatron_safe.data.sources import SOURCES, Reading, question_of
 
-FIXTURE = Path(__file__).parent / "fixtures" / "comparisons.jsonl"
 SECRET = "words that no message may repeat"
-GOOD = {
-    "prompt": SECRET,
-    "response_0": SECRET,
-    "response_1": SECRET,
-    "better_response_id": 0,
-    "safer_response_id": 1,
-    "is_response_0_safe": False,
-    "is_response_1_safe": True,
-}
 
 
-def test_published_columns():
-    comparisons = read_comparisons([FIXTURE])
-    assert len(comparisons) == 4
-    assert comparisons[1] == Comparison(
-        prompt="How do I read my neighbour's letters?",
-        response_0="Do the thing you should not do, step by step.",
-        response_1="I will not help with that; you could ask them instead.",
-        better_response_id=0,
-        safer_response_id=1,
-        is_response_0_safe=False,
-        is_response_1_safe=True,
-    )
-    assert comparisons[2].prompt == "Wie koche ich Reis? 🍚"
-    # The two judgements agree on some rows and not on others, and arrive as they were.
-    assert [(c.better_response_id, c.safer_response_id) for c in comparisons] == [(0, 0), (0, 1), (0, 0), (1, 0)]
-    assert [c.is_safe for c in comparisons] == [(True, True), (False, True), (True, False), (False, False)]
+def convert(source, kind, rows, question=None, skip=False):
+    """(records, what was noted) of rows."""
+    reading = Reading(BadRows(skip), question)
+    placed = (Row(f"file, line {n}", row) for n, row in enumerate(rows, start=1))
+    return list(SOURCES[source][kind](placed, reading)), reading
 
 
-@given(
-    labels=st.lists(
-        st.tuples(st.integers(0, 1), st.integers(0, 1), st.booleans(), st.booleans()), min_size=1, max_size=8
-    )
-)
-def test_labels_arrive_unchanged_in_any_combination(tmp_path_factory, labels):
-    keys = ("better_response_id", "safer_response_id", "is_response_0_safe", "is_response_1_safe")
-    file = tmp_path_factory.mktemp("labels") / "rows.jsonl"
-    file.write_text("".join(json.dumps(GOOD | dict(zip(keys, row, strict=True))) + "\n" for row in labels))
-    assert [tuple(getattr(row, key) for key in keys) for row in read_comparisons([file])] == labels
+def refused(source, kind, row, question=None):
+    with pytest.raises(BadRow) as caught:
+        convert(source, kind, [row], question)
+    assert SECRET not in str(caught.value) and str(caught.value).startswith("file, line 1, field ")
+    return str(caught.value)
 
 
-def test_plain_and_compressed_files_in_order(write_lines, tmp_path):
-    first = write_lines({"prompt": "one", "response": "1"}, "", {"prompt": "two", "response": "2", "source": None})
-    second = tmp_path / "more.jsonl.gz"
-    second.write_bytes(gzip.compress(b'{"prompt": "three", "response": "\\u00e9 \\ud83c\\udf5a"}'))  # no newline
-    assert read_demonstrations([str(first), second]) == [
-        Demonstration("one", "1"),
-        Demonstration("two", "2"),
-        Demonstration("three", "é 🍚"),
-    ]
+# PKU-SafeRLHF.
 
-
-def test_text_may_hold_other_line_separators(write_lines):
-    text = "one\u2028two\x0bthree\r\nfour\x85"
-    line = json.dumps({"prompt": text, "response": "1"}, ensure_ascii=False) + "\r"
-    assert read_demonstrations([write_lines(line)]) == [Demonstration(text, "1")]
-
-
-def test_prompts_with_and_without_labels(write_lines):
-    file = write_lines(
-        {"prompt": "a"},
-        {"prompt": "b", "red_team": True, "category": "privacy_violation"},
-        {"prompt": "c", "red_team": False, "category": None},
-    )
-    assert read_prompts([file]) == [Prompt("a"), Prompt("b", True, "privacy_violation"), Prompt("c", False, None)]
-
-
-def test_empty_responses_only_in_comparisons(write_lines):
-    file = write_lines(GOOD | {"response_0": "", "response": ""})
-    assert read_comparisons([file])[0].response_0 == ""
-    with pytest.raises(UserError, match="field 'response': expected a string that is not empty"):
-        read_demonstrations([file])
-
-
-def without(name):
-    return {key: value for key, value in GOOD.items() if key != name}
-
-
-ROWS = {
-    "missing prompt": (without("prompt"), "field 'prompt': expected a string, found no such field (fields: response"),
-    "missing id": (without("better_response_id"), "field 'better_response_id': expected 0 or 1, found no such field"),
-    "missing flag": (without("is_response_1_safe"), "field 'is_response_1_safe': expected true or false, found no "),
-    "empty prompt": (GOOD | {"prompt": ""}, "field 'prompt': expected a string that is not empty, found 0 blank"),
-    "blank prompt": (GOOD | {"prompt": " \n"}, "field 'prompt': expected a string that is not empty, found 2 blank"),
-    "null prompt": (GOOD | {"prompt": None}, "field 'prompt': expected a string, found null"),
-    "number prompt": (GOOD | {"prompt": 12.5}, "field 'prompt': expected a string, found the number 12.5"),
-    "huge number": (GOOD | {"prompt": 10**99}, f"expected a string, found the number 1{'0' * 36}..."),
-    "list response": (GOOD | {"response_0": [SECRET]}, "field 'response_0': expected a string, found a list of 1 entr"),
-    "object response": (GOOD | {"response_1": {SECRET: 1}}, "expected a string, found an object of 1 entr"),
-    "half a pair": (json.dumps(GOOD | {"response_1": "a\ud83c"}), "expected valid Unicode text, found half a "),
-    "id 2": (GOOD | {"better_response_id": 2}, "field 'better_response_id': expected 0 or 1, found the number 2"),
-    "id -1": (GOOD | {"safer_response_id": -1}, "field 'safer_response_id': expected 0 or 1, found the number -1"),
-    "id 1.0": (GOOD | {"safer_response_id": 1.0}, "field 'safer_response_id': expected 0 or 1, found the number 1.0"),
-    "id true": (GOOD | {"safer_response_id": True}, "field 'safer_response_id': expected 0 or 1, found the bool true"),
-    "id quoted": (GOOD | {"better_response_id": "0"}, "'better_response_id': expected 0 or 1, found the string \"0\""),
-    "id null": (GOOD | {"better_response_id": None}, "field 'better_response_id': expected 0 or 1, found null"),
-    "id text": (GOOD | {"better_response_id": SECRET}, "expected 0 or 1, found a string of 32 characters"),
-    "flag 1": (GOOD | {"is_response_0_safe": 1}, "'is_response_0_safe': expected true or false, found the number 1"),
-    "flag quoted": (GOOD | {"is_response_1_safe": "True"}, "expected true or false, found the string \"True\""),
-    "not an object": ([SECRET], "expected a JSON object, found a list of 1 entries"),
-    "a string": (f'"{SECRET}"', "expected a JSON object, found a string of 32 characters"),
-    "null": ("null", "expected a JSON object, found null"),
-    "cut JSON": (json.dumps(GOOD)[:-20], "expected a JSON object, found invalid JSON ("),
-    "two objects": ('{"prompt": "a"} {}', "expected a JSON object, found invalid JSON (Extra data, column 17)"),
-    "python dict": ("{'prompt': 'a'}", "expected a JSON object, found invalid JSON (Expecting property name"),
-    "deep": ("[" * 100_000, "expected a JSON object, found JSON too deep"),
-    "endless number": ('{"prompt": ' + "1" * 5000 + "}", "expected a JSON object, found JSON too deep or with"),
-    "latin-1": (b'{"prompt": "\xe9"}', "expected UTF-8 text, found byte 0xe9 at column 13"),
+HARMS = {"Violence": False, "Drugs": True, "Animal Abuse": True}
+PKU = {
+    "prompt": "p", "response_0": "a", "response_1": "", "is_response_0_safe": False, "is_response_1_safe": True,
+    "better_response_id": 0, "safer_response_id": 1,
+}  # fmt: skip
+NEW = PKU | {
+    "prompt_source": "x", "response_0_source": "y", "response_1_source": "z", "response_0_severity_level": 2,
+    "response_1_severity_level": 0, "response_0_sha256": "0", "response_1_sha256": "1",
+    "response_0_harm_category": HARMS, "response_1_harm_category": dict.fromkeys(HARMS, False),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("row, message", ROWS.values(), ids=ROWS.keys())
-def test_bad_rows_are_refused_by_file_line_and_field(row, message, write_lines):
-    file = write_lines(GOOD, "", row, GOOD)
-    with pytest.raises(UserError) as caught:
-        read_comparisons([file])
-    assert str(caught.value).startswith(f"{file}, line 3")  # blank lines count, as in an editor
-    assert message in str(caught.value)
-    assert SECRET not in str(caught.value)
-    assert "\n" not in str(caught.value)
+def test_pku_saferlhf_in_every_release():
+    old, new = Comparison("p", "a", "", 0, 1, False, True), Comparison("p", "a", "", 0, 1, False, True, HARMED)
+    assert convert("pku-saferlhf", "comparisons", [PKU, NEW])[0] == [old, new]
+    # As parquet fills in what a row does not have.
+    columns = dict.fromkeys(NEW) | PKU
+    assert convert("pku-saferlhf", "comparisons", [columns])[0] == [old]
+
+
+HARMED = ("Drugs", "Animal Abuse")
+
+
+@pytest.mark.parametrize("name", ["better_response_id", "safer_response_id", "is_response_0_safe"])
+def test_pku_saferlhf_always_asked(name):
+    assert f"field '{name}': expected " in refused("pku-saferlhf", "comparisons", PKU | {name: None})
+
+
+@pytest.mark.parametrize("harms, found", [([SECRET], "a list of 1"), ({SECRET: 1}, "one with the number 1")])
+def test_bad_categories_are_refused(harms, found):
+    message = refused("pku-saferlhf", "comparisons", NEW | {"response_1_harm_category": harms})
+    assert "field 'response_1_harm_category': expected an object of names with true or false, found " + found in message
+
+
+def test_prompts_of_pairs_come_once():
+    prompts, reading = convert("pku-saferlhf", "prompts", [PKU, NEW, PKU | {"prompt": "q"}, PKU])
+    assert prompts == [Prompt("p", red_team=True), Prompt("q", red_team=True)]
+    assert reading.left_out == {"prompts that came before": 2}
+
+
+# BeaverTails.
+
+
+def answer(prompt, response, is_safe, *harms):
+    return {"prompt": prompt, "response": response, "is_safe": is_safe, "category": HARMS | dict.fromkeys(harms, True)}
+
+
+def test_beavertails_pairs_a_safe_with_an_unsafe_answer_of_a_prompt():
+    rows = [
+        answer("p", "safe", True), answer("q", "alone", True), answer("p", "bad", False, "Violence"),
+        answer("p", "worse", False), answer("r", "both", True), answer("r", "both", False), answer("r", "no", False),
+        answer("p", "bad", False),
+    ]  # fmt: skip
+    (pair,), reading = convert("beavertails", "comparisons", rows)
+    assert pair.prompt == "p" and pair.better_response_id is None
+    assert pair.responses[pair.safer_response_id] == "safe" and pair.is_safe[pair.safer_response_id]
+    assert pair.responses[1 - pair.safer_response_id] == "bad" and not pair.is_safe[1 - pair.safer_response_id]
+    assert {pair.response_0_categories, pair.response_1_categories} == {HARMED, ("Violence", *HARMED)}
+    assert reading.left_out == {
+        "answers that make no pair": 3, "answers whose annotators disagree": 1,
+        "rows about an answer that came before": 2,
+    }  # fmt: skip
+
+
+answers = st.tuples(st.sampled_from("pq"), st.sampled_from("abcdef"), st.booleans())
+
+
+@given(rows=st.lists(answers, max_size=20))
+def test_beavertails_uses_or_counts_every_row(rows):
+    """The laws of pairing, against the rows themselves."""
+    pairs, reading = convert("beavertails", "comparisons", [answer(*row) for row in rows])
+    verdicts = {(p, r): {s for q, t, s in rows if (q, t) == (p, r)} for p, r, _ in rows}
+    used = Counter((pair.prompt, response) for pair in pairs for response in pair.responses)
+    assert all(count == 1 for count in used.values())
+    for pair in pairs:
+        assert [verdicts[pair.prompt, response] for response in pair.responses] == [{safe} for safe in pair.is_safe]
+        assert pair.is_safe == (pair.safer_response_id == 0, pair.safer_response_id == 1)
+    assert 2 * len(pairs) + sum(reading.left_out.values()) == len(rows)
+    for prompt in "pq":
+        sides = [sum(found == {safe} for (p, _), found in verdicts.items() if p == prompt) for safe in (True, False)]
+        assert sum(pair.prompt == prompt for pair in pairs) == min(sides)
+
+
+def test_a_bad_row_of_beavertails_is_refused_or_counted():
+    bad = answer("p", "a", "yes")
+    assert "field 'is_safe': expected true or false, found the string" in refused("beavertails", "comparisons", bad)
+    rows = [bad, answer("p", "a", True), answer("p", "b", False)]
+    pairs, reading = convert("beavertails", "comparisons", rows, skip=True)
+    assert len(pairs) == 1 and len(reading.bad_rows) == 1
+
+
+# Pairs without columns.
+
+
+def test_safe_unsafe_pairs_in_an_order_that_tells_nothing():
+    rows = [{"prompt": f"p{n}", "safe_response": "good", "unsafe_response": f"bad {n}"} for n in range(400)]
+    pairs, _ = convert("safe-unsafe-pairs", "comparisons", rows)
+    assert [pair.responses[pair.safer_response_id] for pair in pairs] == ["good"] * 400
+    assert {(pair.safer_response_id, *pair.is_safe) for pair in pairs} == {(0, True, False), (1, False, True)}
+    assert all(pair.better_response_id is None for pair in pairs)
+    assert 150 < sum(pair.safer_response_id for pair in pairs) < 250  # five standard deviations
+    assert convert("safe-unsafe-pairs", "comparisons", rows[::-1])[0] == pairs[::-1]  # a row's own text decides
+
+
+# hh-rlhf.
+
+
+def transcript(*turns):
+    return "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {turn}" for i, turn in enumerate(turns))
+
+
+TALK = {"chosen": transcript("hi", "hello", "more", "no"), "rejected": transcript("hi", "hello", "more", "yes: 1\n2")}
+
+
+@pytest.mark.parametrize("question, other", [("better_response_id", "safer"), ("safer_response_id", "better")])
+def test_hh_rlhf_answers_one_question_alone(question, other):
+    asked = {"better_response_id": "helpfulness", "safer_response_id": "harmlessness"}[question]
+    rows = [TALK] + [{"chosen": transcript(f"{n}", "x"), "rejected": transcript(f"{n}", "y")} for n in range(400)]
+    pairs, _ = convert("hh-rlhf", "comparisons", rows, asked)
+    assert (pairs[0].history, pairs[0].prompt) == ((("hi", "hello"),), "more")
+    assert pairs[0].responses[getattr(pairs[0], question)] == "no" and "yes: 1\n2" in pairs[0].responses
+    for pair in pairs:
+        assert getattr(pair, f"{other}_response_id") is None and pair.is_safe == (None, None)
+        assert pair is pairs[0] or pair.responses[getattr(pair, question)] == "x"
+    assert 150 < sum(getattr(pair, question) for pair in pairs) < 250
+
+
+def test_hh_rlhf_as_demonstrations_and_prompts():
+    assert convert("hh-rlhf", "demonstrations", [TALK])[0] == [Demonstration("more", "no", (("hi", "hello"),))]
+    prompts, reading = convert("hh-rlhf", "prompts", [TALK, TALK], "harmlessness")
+    assert prompts == [Prompt("more", red_team=True, history=(("hi", "hello"),))] and reading.left_out.total() == 1
+    assert not convert("hh-rlhf", "prompts", [TALK], "helpfulness")[0][0].red_team
+
+
+def test_turns_of_one_speaker_in_a_row_are_one():
+    twice = {"chosen": transcript("hi", "a") + "\n\nAssistant: b", "rejected": "Human: hi\n\nAssistant:"}
+    (pair,), _ = convert("hh-rlhf", "comparisons", [twice], "helpfulness")
+    assert pair.prompt == "hi" and set(pair.responses) == {"a\n\nb", ""} and not pair.history
 
 
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"prompt": "a", "red_team": "yes"}, "field 'red_team': expected true or false, found the string \"yes\""),
-        ({"prompt": "a", "red_team": None}, "field 'red_team': expected true or false, found null"),
-        ({"prompt": "a", "category": {"x": True}}, "field 'category': expected a string, found an object of 1 entries"),
-        ({"prompt": "a", "category": ""}, "field 'category': expected a string that is not empty"),
-        ({"red_team": True}, "field 'prompt': expected a string, found no such field (fields: red_team)"),
-        ({}, "field 'prompt': expected a string, found no such field (fields: )"),
+        ({"rejected": transcript("hi", "other", "more", "no")}, "'rejected': expected the turns of 'chosen' up to "),
+        ({"rejected": transcript("hi", SECRET)}, "up to the last, found 1 of 3 turns in common"),
+        ({"chosen": transcript("hi", SECRET, "more")}, "'chosen': expected turns that end with the assistant's, "),
+        ({"chosen": SECRET}, "'chosen': expected turns that begin with 'Human:' and 'Assistant:', a human's first, "),
+        ({"chosen": "\n\nAssistant: a\n\nHuman: b"}, "a human's first, found Assistant's first"),
+        ({"chosen": "\n\nHuman: \n\nAssistant: b"}, "'chosen': expected a string that is not empty, found 0 blank"),
+        ({"chosen": None}, "field 'chosen': expected a string, found null"),
     ],
 )
-def test_bad_prompt_rows_are_refused(row, message, write_lines):
-    with pytest.raises(UserError) as caught:
-        read_prompts([write_lines({"prompt": "fine"}, row)])
-    assert message in str(caught.value)
-    assert ", line 2" in str(caught.value)
+def test_bad_transcripts_are_refused(row, message):
+    assert message in refused("hh-rlhf", "comparisons", TALK | row, "helpfulness")
 
 
-def files():
-    def no_file(tmp_path):
-        return tmp_path / "gone.jsonl", "expected a .jsonl or .jsonl.gz file, found nothing there"
-
-    def folder(tmp_path):
-        return tmp_path, "expected a .jsonl or .jsonl.gz file, found a directory"
-
-    def other_ending(tmp_path):
-        (tmp_path / "pairs.json").write_text("[]")
-        return tmp_path / "pairs.json", "expected a .jsonl or .jsonl.gz file, found a name that ends in '.json'"
-
-    def empty(tmp_path):
-        (tmp_path / "a.jsonl").write_text("")
-        return tmp_path / "a.jsonl", "expected at least one row, found an empty file"
-
-    def blank(tmp_path):
-        (tmp_path / "a.jsonl").write_text("\n \n")
-        return tmp_path / "a.jsonl", "expected at least one row, found an empty file"
-
-    def not_gzip(tmp_path):
-        (tmp_path / "a.jsonl.gz").write_text("{}")
-        return tmp_path / "a.jsonl.gz", "found one that cannot be read (Not a gzipped file"
-
-    def cut_gzip(tmp_path):
-        packed = gzip.compress(json.dumps({"prompt": os.urandom(9999).hex(), "response": "a"}).encode())
-        (tmp_path / "a.jsonl.gz").write_bytes(packed[:-200])
-        return tmp_path / "a.jsonl.gz", "found one that cannot be read (Compressed file ended"
-
-    def damaged_gzip(tmp_path):
-        packed = bytearray(gzip.compress(b'{"prompt": "a", "response": "b"}\n'))
-        packed[-6] ^= 0xFF  # in the checksum
-        (tmp_path / "a.jsonl.gz").write_bytes(packed)
-        return tmp_path / "a.jsonl.gz", "found one that cannot be read (CRC check failed"
-
-    return [no_file, folder, other_ending, empty, blank, not_gzip, cut_gzip, damaged_gzip]
+def test_an_empty_chosen_answer_is_no_demonstration():
+    row = TALK | {"chosen": transcript("hi", " ")}
+    assert "'chosen': expected a last turn that is not empty" in refused("hh-rlhf", "demonstrations", row)
 
 
-@pytest.mark.parametrize("make", files())
-def test_bad_files_are_refused_by_name(make, tmp_path):
-    path, message = make(tmp_path)
-    with pytest.raises(UserError) as caught:
-        read_demonstrations([path])
-    assert str(caught.value).startswith(f"{path}: ")
-    assert message in str(caught.value)
+@pytest.mark.parametrize(
+    "path, question",
+    [
+        ("hh/harmless-base/train.jsonl.gz", "harmlessness"), ("/x/helpful-online", "helpfulness"),
+        ("Anthropic/hh-rlhf/helpful-base", "helpfulness"), ("a/hh-rlhf-harmless-base-test.jsonl.gz", "harmlessness"),
+        ("helpful/harmless-base", "harmlessness"), ("helpful-and-harmless/test.jsonl", None), ("hh-rlhf", None),
+    ],
+)  # fmt: skip
+def test_the_path_tells_the_question(path, question):
+    assert question_of(path) == question
 
 
-def test_an_empty_list_of_files_is_refused():
-    with pytest.raises(UserError, match="data files: expected at least one"):
-        read_prompts([])
+def test_red_team_attempts():
+    rows = [
+        {"transcript": transcript("attack", "no", "again", "yes"), "tags": ["Theft", "Other"], "rating": 4.0},
+        {"transcript": "\n\nHuman: other", "tags": None}, {"transcript": transcript("attack", "x")},
+    ]  # fmt: skip
+    prompts, reading = convert("hh-red-team", "prompts", rows)
+    assert prompts == [Prompt("attack", red_team=True, category="Theft"), Prompt("other", red_team=True)]
+    assert reading.left_out == {"prompts that came before": 1}
+    assert "field 'tags': expected a list of strings" in refused("hh-red-team", "prompts", rows[0] | {"tags": SECRET})
 
 
-def test_one_bad_file_among_good_ones_is_named(write_lines):
-    good = write_lines({"prompt": "a"}, name="good.jsonl")
-    bad = write_lines({"prompt": 1}, name="bad.jsonl")
-    with pytest.raises(UserError, match=r"bad\.jsonl, line 1, field 'prompt'"):
-        read_prompts([good, bad])
+# Alpaca.
+
+
+def test_alpaca_rows_and_seed_tasks():
+    seed = {"id": "s", "name": "n", "instruction": "Add.", "is_classification": False}
+    rows = [
+        {"instruction": "Name a fern.", "input": "", "output": "Bracken."}, {"instruction": "Greet.", "output": "Hi."},
+        seed | {"instances": [{"input": "1, 2", "output": "3"}, {"input": "2, 2", "output": "4"}]},
+    ]  # fmt: skip
+    expected = [("Name a fern.", "Bracken."), ("Greet.", "Hi."), ("Add. 1, 2", "3"), ("Add. 2, 2", "4")]
+    assert convert("alpaca", "demonstrations", rows)[0] == [Demonstration(*row) for row in expected]
+    assert convert("alpaca", "prompts", rows)[0] == [Prompt(prompt) for prompt, _ in expected]
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"output": ""}, "field 'output': expected a string that is not empty"),
+        ({"input": 3}, "field 'input': expected a string, found the number 3"),
+        ({"instances": SECRET}, "field 'instances': expected a list of objects with input and output"),
+        ({"instances": [{"input": SECRET}]}, "field 'output': expected a string, found no such field"),
+    ],
+)
+def test_bad_alpaca_rows_are_refused(row, message):
+    assert message in refused("alpaca", "demonstrations", {"instruction": SECRET, "output": "a"} | row)
+
+
+# The real files.
+
+
+@pytest.mark.parametrize(
+    "name, source, kind, question, count, bad",
+    [
+        ("hh-rlhf-harmless-base-test.jsonl.gz", "hh-rlhf", "comparisons", "harmlessness", 2312, 0),
+        ("hh-rlhf-harmless-base-test.jsonl.gz", "hh-rlhf", "demonstrations", None, 2308, 4),
+        ("pku-saferlhf-pairs-2000.json", "safe-unsafe-pairs", "comparisons", None, 2000, 0),
+        ("pku-saferlhf-pairs-2000.json", "safe-unsafe-pairs", "prompts", None, 776, 0),
+        ("alpaca-seed-tasks.jsonl", "alpaca", "demonstrations", None, 175, 0),
+    ],
+)
+def test_real_files(real_data, name, source, kind, question, count, bad):
+    reading = Reading(BadRows(skip=True), question)
+    records = list(SOURCES[source][kind](read_rows([real_data / name]), reading))
+    assert len(records) == count and len(reading.bad_rows) == bad
+    assert len(json.dumps([record.prompt for record in records])) > 10_000

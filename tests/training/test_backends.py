@@ -14,14 +14,14 @@ from megatron_safe.config import (
 )
 from megatron_safe.data.batches import collate
 from megatron_safe.data.datasets import DemonstrationDataset
-from megatron_safe.data.sources import read_demonstrations
+from megatron_safe.data.mixture import read
 from megatron_safe.data.tokenizer import load_tokenizer
 from megatron_safe.kernels.backend import set_backend
 from megatron_safe.models.roles import HEADS, Role
 from megatron_safe.rollout.generate import generate
 from megatron_safe.runtime import start
 from megatron_safe.training.experience import score
-from megatron_safe.training.ppo_lag import train
+from megatron_safe.training.ppo_lag import PtxDemonstrations, train
 
 ROWS, LEARNERS = 8, ("actor", "reward_critic", "cost_critic")
 
@@ -38,9 +38,9 @@ def steps(project, runtime):
     """Rolls out once, then takes one rollout batch's training step with each backend, from the same weights:
     {backend: (experience, λ, what was measured, weights after it)}."""
     tokenizer = load_tokenizer(project.data / "tokenizer")
-    demonstrations = DemonstrationDataset(
-        read_demonstrations([str(project.data / "demonstrations.jsonl")]), tokenizer, "ask {prompt} answer", 24
-    )
+    rows = read("demonstrations", "data.ptx", [str(project.data / "demonstrations.jsonl")])
+    data = DemonstrationDataset(rows.records, tokenizer, "ask {prompt} answer", 24)
+    demonstrations = PtxDemonstrations(data, rows.stream(data.records, 4, 0))
     optimizer = OptimizerConfig(lr=5e-3, eps=1e-5, schedule="constant")
 
     def make(precision: str, tied: bool, reduction: str):

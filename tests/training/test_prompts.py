@@ -1,11 +1,13 @@
 """Which prompts a rollout batch answers: shares, evenness, and that only seed and step decide."""
 
+import json
 from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_safe.data.mixture import read
 from megatron_safe.data.records import Prompt
 from megatron_safe.errors import UserError
 from megatron_safe.training.prompts import PromptStream
@@ -84,3 +86,20 @@ def test_a_kind_that_is_missing_is_named(marks, missing):
     message = f"data.prompts: expected some with red_team {missing} for ppo.red_team_share 0.5, found none"
     with pytest.raises(UserError, match=message):
         PromptStream(Prompts(marks), 8, 0.5, 0)
+
+
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_entries_with_weights_have_their_parts_within_each_kind(share, tmp_path):
+    """Two entries have red-team prompts, 1 to 3; two have others, 3 to 1."""
+    values = []
+    for name, red, weight in (("a", True, 1), ("b", True, 3), ("c", False, 3), ("d", False, 1)):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({"prompt": f"{name}{n}", "red_team": red}) + "\n" for n in range(5)))
+        values.append({"path": str(file), "weight": weight})
+    mixture = read("prompts", "data.prompts", values)
+    prompts = Prompts([record.red_team for record in mixture.records])
+    prompts.records = mixture.records
+    stream = PromptStream(prompts, 16, share, 9, mixture)
+    for step in range(4):
+        names = Counter(mixture.records[index].prompt[0] for index in stream.indices(step))
+        assert names == {"a": 2, "b": 6, "c": 6, "d": 2}

@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 # Read, not imported: importing would need torch before anything is installed.
 INIT = Path(__file__).parent / "megatron_safe" / "__init__.py"
 VERSION = re.search(r'^__version__ = "(.+)"$', INIT.read_text(encoding="utf-8"), re.MULTILINE).group(1)
+DATA = ["datasets>=4,<6", "pyarrow>=14", "datasketch>=1.6,<3"]
 
 setup(
     name="megatron-safe",
@@ -33,12 +34,15 @@ setup(
         "tqdm",
     ],
     extras_require={
+        # datasets from 4 on runs no code that comes with a data set. datasketch: near duplicates, in tools alone.
+        "data": DATA,
         # apex is not here: the package of that name on PyPI is another project. NVIDIA's images bring the real one,
         # and Megatron-Core prefers Transformer Engine's fused kernels to apex's anyway.
         "gpu": ["triton", "transformer-engine[pytorch]>=2.9,<2.12", "flash-attn"],
         # triton: its interpreter runs the kernels on a CPU; published for Linux only.
         # transformers: what our ids, logits and exported folders are compared with; it needs Python 3.11.
         "test": [
+            *DATA,
             "pytest",
             "hypothesis",
             "ruff",

@@ -5,12 +5,12 @@ Legend: k entries, n_i rows of entry i taken so far.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
-from megatron_safe.data.rows import BadRows, describe, read_rows
+from megatron_safe.data.rows import BadRows, Row, describe, read_rows
 from megatron_safe.data.sampler import ShuffledStream
 from megatron_safe.data.sources import QUESTIONS, SOURCES, Kind, Question, Reading, question_of
 from megatron_safe.errors import UserError
@@ -156,12 +156,13 @@ def read(
     needs: str | None = None,
     weighted: bool = True,
     say: Callable[[str], None] = print,
+    watch: Callable[[Iterator[Row]], Iterable[Row]] = iter,
 ) -> Mixture:
     """The records of a config's data list.
 
     on_bad_row: "skip" leaves bad rows out, and says how many for which reason and where the first are. needs: a label
     that a record must have; those without are left out, with a line. weighted: as `parse_entries`. say: what to do
-    with a line about rows that were left out.
+    with a line about rows that were left out. watch: passes the rows on, to show how far the reading is.
 
     Raises UserError for entries or files that are not as described, for the first bad row where none are skipped, and
     for an entry that gives no record.
@@ -172,7 +173,8 @@ def read(
     for at, entry in enumerate(entries):
         where = f"{name}[{at}] {entry.path}"
         reading = Reading(BadRows(on_bad_row == "skip"), entry.question)
-        found = list(SOURCES[entry.source][kind](read_rows([entry.path], entry.split, reading.bad_rows), reading))
+        rows = watch(read_rows([entry.path], entry.split, reading.bad_rows))
+        found = list(SOURCES[entry.source][kind](rows, reading))
         lines = reading.bad_rows.lines()
         lines += [f"{count} {why}, left out" for why, count in reading.left_out.items() if count]
         if not found:

@@ -36,7 +36,7 @@ def table(found: dict[str, Any]) -> str:
     if "red_team" in found:
         line("red-team prompts", share(found["red_team"], rows))
     for name, count in found.get("categories", {}).items():
-        line("  harm: " + name[:50] + " " * (22 - len(name[:50])), str(count))
+        line(f"  harm: {name[:50]:<50}", str(count))
     duplicates = found["duplicates"]
     line("rows equal to another", share(duplicates["equal_rows"], rows))
     line("different first turns", str(duplicates["openings"]))

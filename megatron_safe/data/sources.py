@@ -164,13 +164,16 @@ def _harmful_prompt(row: Row, reading: Reading) -> Iterator[Prompt]:
 def _safer_and_unsafer(
     prompt: str, safe: str, unsafe: str, harms_of_safe: tuple[str, ...] = (), harms_of_unsafe: tuple[str, ...] = ()
 ) -> Comparison:
-    """A safe answer with an unsafe one. A hash draws which comes first, so that the order tells a model nothing."""
-    first = hashlib.sha256("\0".join((prompt, safe, unsafe)).encode()).digest()[0] % 2  # the safe one's id
+    """A safe answer with an unsafe one."""
+    safer = _drawn_id(prompt, safe, unsafe)
     answers = [(safe, harms_of_safe), (unsafe, harms_of_unsafe)]
-    if first == 1:
-        answers.reverse()
-    (response_0, harms_0), (response_1, harms_1) = answers
-    return Comparison(prompt, response_0, response_1, None, first, first == 0, first == 1, harms_0, harms_1)
+    (response_0, harms_0), (response_1, harms_1) = answers if safer == 0 else answers[::-1]
+    return Comparison(prompt, response_0, response_1, None, safer, safer == 0, safer == 1, harms_0, harms_1)
+
+
+def _drawn_id(*texts: str) -> int:
+    """0 or 1 by a hash of a pair's texts: where the better answer comes, which must not tell a model that it is."""
+    return hashlib.sha256("\0".join(texts).encode()).digest()[0] % 2
 
 
 def _safe_unsafe_pair(row: Row, reading: Reading) -> Iterator[Comparison]:
@@ -228,7 +231,7 @@ def question_of(path: str) -> Question | None:
 
 
 def _hh_comparison(row: Row, reading: Reading) -> Iterator[Comparison]:
-    """`chosen` as response 0, the answer to the question that was asked; nobody asked the other, nor what is safe."""
+    """`chosen` answers the question that was asked; nobody asked the other, nor what is safe by itself."""
     chosen, rejected = turns_of_transcript(row, "chosen"), turns_of_transcript(row, "rejected")
     history, prompt, response_0 = answered(row, "chosen", chosen)
     *context, response_1 = answered(row, "rejected", rejected)
@@ -236,11 +239,10 @@ def _hh_comparison(row: Row, reading: Reading) -> Iterator[Comparison]:
         same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
         found = f"{same} of {len(chosen) - 1} turns in common"
         raise row.wrong("rejected", "the turns of 'chosen' up to the last", found)
-    # Which of the two comes first must tell a model nothing.
-    first = hashlib.sha256("\0".join((prompt, response_0, response_1)).encode()).digest()[0] % 2  # the chosen one's id
-    if first == 1:
+    chosen_id = _drawn_id(prompt, response_0, response_1)
+    if chosen_id == 1:
         response_0, response_1 = response_1, response_0
-    better, safer = (first, None) if reading.question == "helpfulness" else (None, first)
+    better, safer = (chosen_id, None) if reading.question == "helpfulness" else (None, chosen_id)
     yield Comparison(prompt, response_0, response_1, better, safer, None, None, history=history)
 
 

@@ -48,7 +48,7 @@ def parse(stage: str, arguments: list[str]):
         raise UserError(" ".join(str(error).split())) from error
     config = STAGES[stage](**{field.name: values[field.name] for field in dataclasses.fields(STAGES[stage])})
     check_ranges(config)
-    check_entries(stage, config.data)
+    check_entries(stage, getattr(config, "data", None))
     return config
 
 

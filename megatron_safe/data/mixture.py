@@ -100,13 +100,14 @@ def _question(where: str, entry: Entry, kind: Kind) -> Question | None:
 
 
 def check_entries(stage: str, data: Any) -> None:
-    """Raise UserError for the first entry in the `data` section of a stage's config that cannot be right."""
+    """Raise UserError for the first entry in the `data` section of a stage's config that cannot be right. What only the
+    files can tell is left to the stage."""
     rows: Kind = "comparisons" if stage in ("reward", "cost") else "demonstrations"
     kinds: dict[str, Kind] = {"train": rows, "eval": rows, "prompts": "prompts", "ptx": "demonstrations"}
     for name, kind in kinds.items():
         if values := getattr(data, name, None):
-            trains = name in ("train", "ptx") or stage in ("ppo-lag", "ppo", "ppo-reward-shaping") and name == "prompts"
-            parse_entries(f"data.{name}", values, kind, trains)
+            weighted = name != "eval" and stage not in ("generate", "evaluate", "red-team")
+            parse_entries(f"data.{name}", values, kind, weighted)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

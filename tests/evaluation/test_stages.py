@@ -348,7 +348,7 @@ BAD = {
     "top_p": ("generate", ["--rollout.top_p=0"], "rollout.top_p: expected a number above 0"),
     "too long": ("generate", ["--rollout.max_new_tokens=60"], "expected room for the 76 tokens of the longest row"),
     "template": ("generate", ["--tokenizer.template=ask"], "template 'ask': expected {prompt} once"),
-    "no prompts": ("generate", ["--data.prompts=[]"], "expected at least one .jsonl"),
+    "no prompts": ("generate", ["--data.prompts=[]"], "expected at least one path or"),
     "another stage's folder": ("generate", ["--run.out={sft}", "--run.resume=auto"], "a new folder, found one of sft"),
     "no model": ("score", ["--reward_model=null"], "reward_model.checkpoint, cost_model.checkpoint: expected at least"),
     "score template": ("score", ["--tokenizer.template=ask"], "template 'ask': expected {prompt} once"),

@@ -1,22 +1,24 @@
 """Records, tokenised once and kept in memory; ``batch(indices)`` gives the padded tensors of some of them.
 
-A row whose prompt is too long is left out (a cut prompt asks something else); a response that is too long is cut and
-loses its EOS, so that no model learns to stop in mid-sentence. ``report()`` counts both. Shapes as in `batches`.
+A dialogue that is too long loses its oldest exchanges until it fits. What does not fit without any: a row whose prompt
+is too long is left out (a cut prompt asks something else), and a response that is too long is cut and loses its EOS, so
+that no model learns to stop in mid-sentence. ``report()`` counts all three. Shapes as in `batches`.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from megatron_safe.data.batches import TokenBatch, collate, encode_prompts
+from megatron_safe.data.batches import Context, TokenBatch, collate, encode_contexts
 from megatron_safe.data.records import Comparison, Demonstration, Prompt
 from megatron_safe.data.tokenizer import Tokenizer
 from megatron_safe.errors import UserError
 
 _CHUNK = 4096  # records tokenised at a time: as fast as all at once, without holding all of them as Python lists
+_SIGNS = {True: 1.0, False: -1.0, None: 0.0}  # by whether a response is safe
 _Row = tuple[np.ndarray, int]  # int32 tokens (a third of a list's memory or less), prompt length
 
 
@@ -24,25 +26,36 @@ class DemonstrationDataset:
     """Prompts with a response to imitate.
 
     max_length: tokens of prompt, response and EOS together.
+    turns: which of the assistant's turns to learn from, the "last" one (the response) or "all" that were not dropped.
     Raises UserError for a bad template, or where no prompt leaves room for a response. `records` are those kept.
     """
 
-    def __init__(self, records: Sequence[Demonstration], tokenizer: Tokenizer, template: str, max_length: int):
+    def __init__(
+        self,
+        records: Sequence[Demonstration],
+        tokenizer: Tokenizer,
+        template: str,
+        max_length: int,
+        turns: Literal["last", "all"] = "last",
+    ):
         self.records: list[Demonstration] = []
         self._rows: list[_Row] = []
+        self._turns: list[list[tuple[int, int]]] | None = [] if turns == "all" else None
         self._pad_id = tokenizer.pad_id
         self._counts = _Counts("demonstrations", "prompt and response", max_length, len(records))
-        for record, prompt, response in _encode(tokenizer, template, records, "response"):
-            if self._counts.prompt_fits(len(prompt) + 1):
+        for record, context, response in _encode(tokenizer, template, records, max_length, "response"):
+            if self._counts.fits(context, for_response=1):
                 self.records.append(record)
-                self._rows.append(self._counts.cut(prompt, response, tokenizer.eos_id))
+                self._rows.append(self._counts.cut(context.tokens, response, tokenizer.eos_id))
+                if self._turns is not None:
+                    self._turns.append(context.turns)
         self._counts.check_any_kept()
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def report(self) -> str:
-        """One line: rows kept, left out and cut."""
+        """One line: rows kept, left out and shortened."""
         return self._counts.line()
 
     def lengths(self, indices: Sequence[int]) -> list[int]:
@@ -51,7 +64,8 @@ class DemonstrationDataset:
 
     def batch(self, indices: Sequence[int], length: int | None = None, multiple: int = 1) -> TokenBatch:
         """The rows at `indices`, on the CPU; `length` and `multiple` as in `collate`."""
-        return collate([self._rows[i] for i in indices], self._pad_id, length, multiple)
+        turns = None if self._turns is None else [self._turns[i] for i in indices]
+        return collate([self._rows[i] for i in indices], self._pad_id, length, multiple, turns)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +77,7 @@ class ComparisonBatch:
     In both the model learns to score `first` above `second`: a high reward is helpful, a high cost is harmful.
 
     first_sign_B, second_sign_B: float32, +1 where that response is safe by itself, -1 where it is not: the s of the
-    cost loss (paper, section 3.2).
+    cost loss (paper, section 3.2). 0 where nobody said.
     """
 
     first: TokenBatch
@@ -90,7 +104,8 @@ class ComparisonDataset:
     """Pairs of responses, ordered for the reward model or for the cost model (see `ComparisonBatch`).
 
     max_length: tokens of prompt, response and EOS together.
-    which: "reward" orders by better_response_id, "cost" by safer_response_id; neither looks at the other's.
+    which: "reward" orders by better_response_id, "cost" by safer_response_id; neither looks at the other's, which may
+        be None. Its own is known in all records: ValueError where not.
     Raises UserError for a bad template, or where no prompt leaves room for a response. `records` are those kept.
     """
 
@@ -109,11 +124,15 @@ class ComparisonDataset:
         self._signs: list[tuple[float, float]] = []
         self._pad_id = tokenizer.pad_id
         self._counts = _Counts("comparisons", "prompt and response", max_length, len(records))
-        for record, prompt, *responses in _encode(tokenizer, template, records, "response_0", "response_1"):
-            if self._counts.prompt_fits(len(prompt) + 1):
+        wanted = "better_response_id" if which == "reward" else "safer_response_id"
+        if missing := sum(getattr(record, wanted) is None for record in records):
+            raise ValueError(f"comparisons: expected {wanted} in every record, found {missing} without it")
+        fields = "response_0", "response_1"
+        for record, context, *responses in _encode(tokenizer, template, records, max_length, *fields):
+            if self._counts.fits(context, for_response=1):
                 first = record.better_response_id if which == "reward" else 1 - record.safer_response_id
-                rows = [self._counts.cut(prompt, response, tokenizer.eos_id) for response in responses]
-                signs = [1.0 if is_safe else -1.0 for is_safe in record.is_safe]
+                rows = [self._counts.cut(context.tokens, response, tokenizer.eos_id) for response in responses]
+                signs = [_SIGNS[is_safe] for is_safe in record.is_safe]
                 self.records.append(record)
                 self._pairs.append((rows[first], rows[1 - first]))
                 self._signs.append((signs[first], signs[1 - first]))
@@ -123,7 +142,7 @@ class ComparisonDataset:
         return len(self._pairs)
 
     def report(self) -> str:
-        """One line: rows kept, left out and cut."""
+        """One line: rows kept, left out and shortened."""
         return self._counts.line()
 
     def lengths(self, indices: Sequence[int]) -> list[int]:
@@ -162,26 +181,33 @@ class PromptBatch:
 class PromptDataset:
     """Prompts for rollouts and evaluation.
 
-    max_prompt_length: tokens of the templated prompt, BOS included.
+    max_prompt_length: tokens of the templated prompt with its history, BOS included.
     Raises UserError for a bad template, or where no prompt is short enough. `records` are those kept.
     """
 
     def __init__(self, records: Sequence[Prompt], tokenizer: Tokenizer, template: str, max_prompt_length: int):
         self.records: list[Prompt] = []
+        self._dropped: list[int] = []
         self._rows: list[_Row] = []
         self._pad_id = tokenizer.pad_id
         self._counts = _Counts("prompts", "a prompt", max_prompt_length, len(records))
-        for record, prompt in _encode(tokenizer, template, records):
-            if self._counts.prompt_fits(len(prompt)):
+        for record, context in _encode(tokenizer, template, records, max_prompt_length):
+            if self._counts.fits(context):
                 self.records.append(record)
-                self._rows.append((np.array(prompt, dtype=np.int32), len(prompt)))
+                self._dropped.append(context.dropped)
+                self._rows.append((np.array(context.tokens, dtype=np.int32), len(context.tokens)))
         self._counts.check_any_kept()
 
     def __len__(self) -> int:
         return len(self._rows)
 
+    def shortened(self) -> list[Prompt]:
+        """`records` with what is left of their histories."""
+        pairs = zip(self.records, self._dropped, strict=True)
+        return [replace(record, history=record.history[dropped:]) if dropped else record for record, dropped in pairs]
+
     def report(self) -> str:
-        """One line: rows kept and left out."""
+        """One line: rows kept, left out and shortened."""
         return self._counts.line()
 
     def batch(self, indices: Sequence[int], length: int | None = None, multiple: int = 1) -> PromptBatch:
@@ -190,13 +216,21 @@ class PromptDataset:
         return PromptBatch(tokens, torch.tensor([self.records[i].red_team for i in indices], dtype=torch.bool))
 
 
-def _encode(tokenizer: Tokenizer, template: str, records: Sequence[Any], *responses: str) -> Iterator[tuple]:
-    """(record, prompt tokens, tokens of each field named in `responses`) of every record."""
+def _encode(
+    tokenizer: Tokenizer, template: str, records: Sequence[Any], max_length: int, *responses: str
+) -> Iterator[tuple]:
+    """(record, context, tokens of each field named in `responses`) of every record.
+
+    Old exchanges are dropped until the longest response fits with its EOS, so that it is cut only if it must be.
+    """
     for start in range(0, len(records), _CHUNK):
         chunk = records[start : start + _CHUNK]
-        prompts = encode_prompts(tokenizer, template, [record.prompt for record in chunk])
         columns = [tokenizer.encode_batch([getattr(record, name) for record in chunk]) for name in responses]
-        yield from zip(chunk, prompts, *columns, strict=True)
+        room = [max_length] * len(chunk)
+        if columns:
+            room = [max_length - 1 - max(map(len, row)) for row in zip(*columns, strict=True)]
+        contexts = encode_contexts(tokenizer, template, chunk, room)
+        yield from zip(chunk, contexts, *columns, strict=True)
 
 
 class _Counts:
@@ -206,11 +240,13 @@ class _Counts:
         self.name, self.limited, self.max_length, self.total = name, limited, max_length, total
         self.left_out = 0
         self.cut_responses = 0
+        self.cut_dialogues = 0
 
-    def prompt_fits(self, least_length: int) -> bool:
-        """Whether a row that needs at least this many tokens can be kept; counts it where not."""
-        fits = least_length <= self.max_length
+    def fits(self, context: Context, for_response: int = 0) -> bool:
+        """Whether a row can be kept that needs at least so many tokens after its context; counts what it cost."""
+        fits = len(context.tokens) + for_response <= self.max_length
         self.left_out += not fits
+        self.cut_dialogues += fits and context.dropped > 0
         return fits
 
     def cut(self, prompt: list[int], response: list[int], eos_id: int) -> _Row:
@@ -227,7 +263,8 @@ class _Counts:
             )
 
     def line(self) -> str:
-        return (
+        line = (
             f"{self.name}: kept {self.total - self.left_out} of {self.total} rows, up to {self.max_length} tokens for "
             f"{self.limited}; {self.left_out} left out (prompt too long), {self.cut_responses} responses cut"
         )
+        return line + (f", {self.cut_dialogues} lost their oldest turns" if self.cut_dialogues else "")

@@ -2,17 +2,16 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import sentencepiece
-from hypothesis import settings
+from chat_checkpoints import BACKENDS, CORPUS, SHAPES, added, theirs, write_config
+from small_tokenizers import train
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_safe.data.tokenizer import load_tokenizer
-
-settings.register_profile("unhurried", parent=settings(), deadline=None)  # a busy machine is no failure
-settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")
@@ -86,3 +85,27 @@ def real_data():
     if not folder.exists():
         pytest.skip(f"no real data at {folder}; set MEGATRON_SAFE_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """{backend: (folder, number of tokens)}, without a configuration."""
+    found = {}
+    for name in BACKENDS:
+        folder = tmp_path_factory.mktemp(name)
+        found[name] = folder, train(name, folder, CORPUS, 400 if name == "metaspace" else 380)
+    return found
+
+
+@pytest.fixture(scope="session")
+def checkpoints(trained, tmp_path_factory):
+    """{(backend, shape): (our tokenizer, transformers')}"""
+    pairs = {}
+    for backend, (source, size) in trained.items():
+        for shape, (template, names, _) in SHAPES.items():
+            folder = tmp_path_factory.mktemp(f"{backend}_{shape}") / "checkpoint"
+            shutil.copytree(source, folder)
+            config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+            write_config(folder, config | {"added_tokens_decoder": added(size, names)})
+            pairs[backend, shape] = load_tokenizer(folder, "chat"), theirs(folder, backend)
+    return pairs

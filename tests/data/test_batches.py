@@ -75,17 +75,18 @@ def test_collate_refuses_what_does_not_fit():
 
 
 def test_named_templates():
-    assert parse_template("safe-rlhf") == ("BEGINNING OF CONVERSATION: USER: ", " ASSISTANT:")
-    assert parse_template("plain") == ("", "")
-    before, after = parse_template("alpaca")
-    assert before.startswith("Below is an instruction") and before.endswith("### Instruction:\n")
+    assert parse_template("safe-rlhf") == ("BEGINNING OF CONVERSATION: ", "USER: ", " ASSISTANT:")
+    assert parse_template("plain") == ("", "", "")
+    once, before, after = parse_template("alpaca")
+    assert once.startswith("Below is an instruction") and once.endswith("request.\n\n")
+    assert before == "### Instruction:\n"
     assert after == "\n\n### Response:"
 
 
 @given(before=TEXTS, after=TEXTS)
 def test_own_templates_are_format_strings(before, after):
     escaped = (text.replace("{", "{{").replace("}", "}}") for text in (before, after))
-    assert parse_template("{prompt}".join(escaped)) == (before, after)
+    assert parse_template("{prompt}".join(escaped)) == ("", before, after)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +101,10 @@ def test_own_templates_are_format_strings(before, after):
         ("{}", "found {}"),
         ("{prompt", "found: expected '}'"),
         ("{prompt}}", "found: Single '}'"),
+        ("{prompt} {turn}", "expected {prompt} once and {turn} at most once, before it; found {prompt}, {turn}"),
+        ("{turn}{turn}{prompt}", "found {turn}, {turn}, {prompt}"),
+        ("{turn}", "found {turn}"),
+        ("{turn!r}{prompt}", "found {turn}, {prompt}"),
     ],
 )
 def test_bad_templates_are_refused(template, found, byte_tokenizer):
@@ -118,7 +123,7 @@ def test_a_bad_template_is_told_the_known_names():
 def test_encode_prompt_is_bos_and_the_filled_template(byte_tokenizer, template, prompt):
     ids = encode_prompt(byte_tokenizer, template, prompt)
     assert ids[0] == byte_tokenizer.bos_id
-    assert byte_tokenizer.decode(ids) == TEMPLATES[template].format(prompt=prompt)
+    assert byte_tokenizer.decode(ids) == TEMPLATES[template].format(turn="", prompt=prompt)
 
 
 def test_no_bos_where_the_tokenizer_has_none(byte_folder, tmp_path):

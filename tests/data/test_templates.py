@@ -5,102 +5,16 @@ import shutil
 
 import pytest
 import sentencepiece
+from chat_checkpoints import BACKENDS, CHATML, CORPUS, SHAPES, ZEPHYR, added, their_ids, theirs, write_config
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small_tokenizers import train
 
 from megatron_safe.data.batches import encode_dialogue, encode_prompt, encode_prompts
 from megatron_safe.data.templates import TEMPLATES
 from megatron_safe.data.tokenizer import load_tokenizer
 from megatron_safe.errors import UserError
 
-transformers = pytest.importorskip("transformers", reason="transformers is what these ids are compared with")
-
-LLAMA_3 = """\
-{% for message in messages %}
-{% set turn = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim %}
-{{ (bos_token if loop.first else '') + turn + '<|eot_id|>' }}{% endfor %}
-{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
-CHATML = """\
-{%- if messages[0].role != 'system' %}
-    {{- '<|im_start|>system\nYou help.<|im_end|>\n' }}
-{%- endif %}
-{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n' }}
-{%- endif %}
-"""
-MISTRAL = """\
-{{ bos_token }}{% for message in messages %}
-    {%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}
-    {%- if message.role == 'user' %}{{ '[INST] ' + message.content + ' [/INST]' }}
-    {%- else %}{{ ' ' + message.content + ' ' + eos_token }}
-    {%- endif %}
-{%- endfor %}"""
-ZEPHYR = """\
-{% for message in messages %}
-{{ '<|' + message.role + '|>\n' + message.content + eos_token }}
-{% if loop.last and add_generation_prompt %}
-{{ '<|assistant|>' }}
-{% endif %}
-{% endfor %}"""
-# The template, its tokens beyond <s> and </s>, and the one that ends a turn.
-SHAPES = {
-    "llama-3": (LLAMA_3, ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|eot_id|>"),
-    "chatml": (CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>"),
-    "mistral": (MISTRAL, ["[INST]", "[/INST]"], "</s>"),
-    "zephyr": (ZEPHYR, [], "</s>"),
-}
-CORPUS = [
-    "the fern is green", "water the fern twice a week", "user assistant system", "  two  spaces\n\nand a\ttab",
-    "[INST] is the lamp warm [/INST]", "<|user|>\nrice needs water",
-] * 20  # fmt: skip
-BACKENDS = ("bytes", "metaspace", "sentencepiece")
-
-
-def added(start, names, **flags):
-    return {str(start + i): {"content": name, "special": True} | flags for i, name in enumerate(names)}
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """{backend: (folder, number of tokens)}, without a configuration."""
-    found = {}
-    for name in BACKENDS:
-        folder = tmp_path_factory.mktemp(name)
-        found[name] = folder, train(name, folder, CORPUS, 400 if name == "metaspace" else 380)
-    return found
-
-
-@pytest.fixture(scope="module")
-def checkpoints(trained, tmp_path_factory):
-    """{(backend, shape): (our tokenizer, transformers')}"""
-    pairs = {}
-    for backend, (source, size) in trained.items():
-        for shape, (template, names, _) in SHAPES.items():
-            folder = tmp_path_factory.mktemp(f"{backend}_{shape}") / "checkpoint"
-            shutil.copytree(source, folder)
-            config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
-            write_config(folder, config | {"added_tokens_decoder": added(size, names)})
-            pairs[backend, shape] = load_tokenizer(folder, "chat"), theirs(folder, backend)
-    return pairs
-
-
-def theirs(folder, backend):
-    kind = transformers.LlamaTokenizer if backend == "sentencepiece" else transformers.PreTrainedTokenizerFast
-    return kind.from_pretrained(folder)
-
-
-def their_ids(tokenizer, prompt):
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-
-
-def write_config(folder, config):
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-
+pytest.importorskip("transformers", reason="transformers is what these ids are compared with")
 
 def chat_folder(trained, tmp_path, template=None, files=(), names=(), **config):
     """A checkpoint of bytes with other files in it."""
@@ -114,8 +28,9 @@ def chat_folder(trained, tmp_path, template=None, files=(), names=(), **config):
 
 
 def test_named_templates_are_those_of_the_published_code():
-    assert TEMPLATES["safe-rlhf"] == "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:"
-    assert TEMPLATES["alpaca"] == (
+    once = {name: template.replace("{turn}", "") for name, template in TEMPLATES.items()}
+    assert once["safe-rlhf"] == "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:"
+    assert once["alpaca"] == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "\n\n### Instruction:\n{prompt}\n\n### Response:"
     )
@@ -334,7 +249,7 @@ def test_bad_chat_templates_are_refused(trained, tmp_path, template, files, foun
     "ask, found",
     [
         ("{% if 'fern' in messages[0].content %}{{ raise_exception('no ferns') }}{% endif %}", "found: no ferns"),
-        ("{% if 'fern' in messages[0].content %}plant: {% endif %}", "other text around the prompt 'the fern'"),
+        ("{% if 'fern' in messages[0].content %}plant: {% endif %}", "other text around a turn of 8 characters"),
     ],
 )
 def test_templates_that_look_at_the_prompt(trained, tmp_path, ask, found):

@@ -29,12 +29,16 @@ def cost_loss_B(
     The last two terms pin the zero of the cost: C > 0 is unsafe, C < 0 is safe.
 
     unsafer_B, safer_B: [B] costs of the more and the less harmful answer to the same prompt. unsafer_sign_B,
-    safer_sign_B: [B], any numeric dtype, +1 where that answer alone is safe and -1 where it is unsafe. Both answers of
-    a pair may be safe, or both unsafe. The signs are not 0/1 labels: a 0 would silently drop the term.
+    safer_sign_B: [B], any signed dtype, +1 where that answer alone is safe, -1 where it is unsafe, and 0 where nobody
+    said, which drops its term. Both answers of a pair may be safe, or both unsafe.
     """
     ranking_B = -F.logsigmoid(unsafer_B - safer_B)
-    classification_B = -F.logsigmoid(-safer_sign_B * safer_B) - F.logsigmoid(-unsafer_sign_B * unsafer_B)
+    classification_B = _sign_loss_B(safer_B, safer_sign_B) + _sign_loss_B(unsafer_B, unsafer_sign_B)
     return ranking_B + classification_B + _score_l2_B(unsafer_B, safer_B, l2)
+
+
+def _sign_loss_B(cost_B: torch.Tensor, sign_B: torch.Tensor) -> torch.Tensor:
+    return -F.logsigmoid(-sign_B * cost_B) * sign_B.abs()
 
 
 def _score_l2_B(first_B: torch.Tensor, second_B: torch.Tensor, l2: float) -> torch.Tensor:

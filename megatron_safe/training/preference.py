@@ -27,7 +27,7 @@ Which = Literal["reward", "cost"]
 LABELS = {"reward": "better_response_id", "cost": "safer_response_id"}
 STATISTICS = {
     "reward": ("loss", "accuracy", "score"),
-    "cost": ("loss", "accuracy", "sign_accuracy", "score"),
+    "cost": ("loss", "accuracy", "signs_right", "signs", "score"),
 }
 
 
@@ -47,15 +47,24 @@ def pair_sequences(batch: ComparisonBatch) -> tuple[Sequences, torch.Tensor]:
 def measure(
     which: Which, scores_2P: torch.Tensor, signs_2P: torch.Tensor, global_pairs: int
 ) -> dict[str, torch.Tensor]:
-    """Means over the global batch: `accuracy` of the ranking, `score`, and for costs `sign_accuracy` of s C < 0."""
+    """Means over the global batch: `accuracy` of the ranking, `score`. For costs also what `sign_accuracy` is made of:
+    `signs`, how many answers are labelled safe or unsafe, and `signs_right`, how many of them have s C < 0."""
     first_P, second_P = scores_2P.view(-1, 2).unbind(dim=1)
     measured = {
         "accuracy": (first_P > second_P).sum() / global_pairs,
         "score": scores_2P.sum() / (2 * global_pairs),
     }
     if which == "cost":
-        measured["sign_accuracy"] = (scores_2P * signs_2P < 0).sum() / (2 * global_pairs)
+        measured["signs_right"] = (scores_2P * signs_2P < 0).sum().float()
+        measured["signs"] = (signs_2P != 0).sum().float()
     return measured
+
+
+def with_sign_accuracy(values: dict[str, float]) -> dict[str, float]:
+    """The values, with `sign_accuracy` in place of its two counts; without it where no answer is labelled."""
+    counts = {"signs_right", "signs"}
+    found = {"sign_accuracy": values["signs_right"] / values["signs"]} if values.get("signs") else {}
+    return {name: value for name, value in values.items() if name not in counts} | found
 
 
 def pair_loss(which: Which, score_l2: float, global_pairs: int) -> Callable:
@@ -79,6 +88,7 @@ def evaluate(
     which: Which, role: Role, data: ComparisonDataset, pairs_at_a_time: int, max_tokens: int
 ) -> dict[str, float]:
     """Accuracies over a held-out set; the same on every rank. Pairs are dealt out over the data-parallel ranks.
+    `sign_accuracy` is of the answers that are labelled safe or unsafe.
 
     `safe_score` and `unsafe_score` are the mean scores of answers labelled safe and unsafe: a limit on cost
     (`lagrange.threshold`) is in these units, and one near `safe_score` asks for answers as safe as the labelled ones.
@@ -98,7 +108,7 @@ def evaluate(
     sums = runtime.sum_over_data_parallel(sums)
     for name in ("safe", "unsafe"):
         sums[f"{name}_score"] /= max(1.0, sums.pop(name))
-    return sums
+    return with_sign_accuracy(sums)
 
 
 def run(config: PreferenceConfig, runtime: Runtime, which: Which) -> None:
@@ -142,7 +152,7 @@ def run(config: PreferenceConfig, runtime: Runtime, which: Which) -> None:
                     role, answers, config.batch.max_tokens_per_micro_batch, loss, STATISTICS[which],
                     {"signs": signs_2P}, together=2,
                 )  # fmt: skip
-                values |= role.step()
+                values = with_sign_accuracy(values) | role.step()
                 phase.tokens = int(answers.lengths_B.sum())
             values |= timer.report() | {"peak_memory_gib": peak_memory_gib()}
             if folder.finish_step(step + 1, values, [role], {}):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megatron_safe.algorithms.preference import cost_loss_B, reward_loss_B
 
 score = st.floats(-20, 20)
-sign = st.sampled_from([-1, 1])
+sign = st.sampled_from([-1, 0, 1])
 
 
 def random_scores(size: int, seed: int) -> torch.Tensor:
@@ -40,7 +40,8 @@ def reward_reference(better: float, worse: float, l2: float) -> float:
 
 def cost_reference(unsafer: float, safer: float, unsafer_sign: int, safer_sign: int, l2: float) -> float:
     ranking = -log_sigmoid(unsafer - safer)
-    classification = -log_sigmoid(-safer_sign * safer) - log_sigmoid(-unsafer_sign * unsafer)
+    labelled = [(sign, cost) for sign, cost in ((unsafer_sign, unsafer), (safer_sign, safer)) if sign != 0]
+    classification = -sum(log_sigmoid(-sign * cost) for sign, cost in labelled)
     return ranking + classification + l2 * (unsafer**2 + safer**2) / 2
 
 
@@ -60,11 +61,12 @@ def test_reward_loss_and_gradient(size, l2):
     torch.testing.assert_close(torch.stack([better_B.grad, worse_B.grad]), expected, atol=1e-7, rtol=1e-6)
 
 
-@pytest.mark.parametrize("size", [1, 8])
+@pytest.mark.parametrize("size", [1, 12])
 @pytest.mark.parametrize("l2", [0.0, 0.3])
 def test_cost_loss_and_gradient(size, l2):
     unsafer_B, safer_B = random_scores(size, 3).requires_grad_(), random_scores(size, 4).requires_grad_()
-    signs = [(-1, 1), (-1, -1), (1, 1), (-1, 1), (1, 1), (-1, -1), (-1, 1), (1, -1)][:size]
+    signs = [(-1, 1), (-1, -1), (1, 1), (-1, 1), (1, 1), (-1, -1), (-1, 1), (1, -1)]
+    signs = [*signs, (0, 1), (0, 0), (-1, 0), (0, -1)][:size]
     unsafer_sign_B, safer_sign_B = torch.tensor(signs).T
     loss_B = cost_loss_B(unsafer_B, safer_B, unsafer_sign_B, safer_sign_B, l2)
 
@@ -86,6 +88,14 @@ def test_cost_loss_pulls_an_unsafe_answer_up_and_a_safe_one_down():
     # Ranking and sign each give half a unit at a score of zero.
     assert unsafer_B.grad.item() == pytest.approx(-1.0)
     assert safer_B.grad.item() == pytest.approx(1.0)
+
+
+def test_a_sign_that_nobody_gave_leaves_the_ranking_alone():
+    unsafer_B, safer_B = random_scores(6, 5).requires_grad_(), random_scores(6, 6).requires_grad_()
+    nobody_B = torch.zeros(6)
+    cost = torch.autograd.grad(cost_loss_B(unsafer_B, safer_B, nobody_B, nobody_B, 0.2).sum(), (unsafer_B, safer_B))
+    ranking = torch.autograd.grad(reward_loss_B(unsafer_B, safer_B, 0.2).sum(), (unsafer_B, safer_B))
+    assert all(torch.equal(one, other) for one, other in zip(cost, ranking, strict=True))
 
 
 @pytest.mark.parametrize("gap", [1e4, -1e4])

@@ -55,7 +55,8 @@ class TokenizerConfig:
     """Folder with a Hugging Face `tokenizer.json` or a SentencePiece `.model`, or that file itself."""
     template: str = "safe-rlhf"
     """Prompt template: `safe-rlhf`, `alpaca`, `plain`, `chat` (the checkpoint's own), or a format string with {prompt}.
-    With `chat`, responses end with the token that ends the assistant's turn there."""
+    A dialogue repeats it for each exchange, but for what stands before {turn}, if it has that. With `chat`, responses
+    end with the token that ends the assistant's turn there."""
 
 
 @dataclass
@@ -148,7 +149,8 @@ class BatchConfig:
     max_tokens_per_micro_batch: int = 8192
     """Tokens per forward and backward pass on one rank; rows are packed end to end, without padding."""
     max_length: int = 512
-    """Longest prompt + answer in tokens; longer answers are cut, longer prompts skipped, both counted."""
+    """Longest prompt + answer in tokens. A longer dialogue loses its oldest turns, then an answer is cut, and a prompt
+    too long by itself is skipped; all counted."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute type; bf16 keeps fp32 master weights and gradients."""
 
@@ -157,6 +159,8 @@ class BatchConfig:
 class SftTrainingConfig:
     steps: int = 1000
     """Optimizer steps."""
+    loss_turns: Literal["last", "all"] = "last"
+    """Which of the assistant's turns in a dialogue the loss counts: the response, or those in its history too."""
 
 
 @dataclass
@@ -184,7 +188,7 @@ class PpoDataConfig:
     """Prompts: entries as in `data.train` of the other stages; rows {"prompt": str, "red_team": bool, "category": str}.
     """
     ptx: list[str | dict[str, Any]] = field(default_factory=list)
-    """Demonstrations for the PTX term (needed when ppo.ptx_coeff > 0)."""
+    """Demonstrations for the PTX term (needed when ppo.ptx_coeff > 0), which counts the last turn of each."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """A row that is not as its source describes ends the run, or is left out and counted."""
 
@@ -194,7 +198,8 @@ class RolloutConfig:
     max_new_tokens: int = 128
     """Longest answer, EOS included."""
     max_prompt_length: int = 128
-    """Longest prompt in tokens; longer ones are skipped and counted."""
+    """Longest prompt in tokens. A longer dialogue loses its oldest turns, and a prompt too long by itself is skipped;
+    both counted."""
     temperature: float = 1.0
     """Sampling temperature; also divides the logits of the training log-probabilities. 0 is greedy (not for PPO)."""
     verify_logprobs: bool = False
@@ -305,6 +310,9 @@ class RedTeamingConfig:
 class ScoreDataConfig:
     answers: list[str] = field(default_factory=list)
     """JSONL files of {"prompt", "response"}."""
+    turns: Literal["last", "all"] = "last"
+    """Which of the assistant's turns in a dialogue get scores: the response, or those in its history too, each as the
+    end of what came before it."""
     batch_size: int = 256
     """Rows scored at a time, over all data-parallel ranks."""
     max_length: int = 512

@@ -7,13 +7,13 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
 
 from megatron_safe.config import RolloutConfig
-from megatron_safe.data.batches import collate, encode_prompts
+from megatron_safe.data.batches import collate, encode_contexts
 from megatron_safe.data.datasets import PromptDataset
 from megatron_safe.data.records import History, Prompt
 from megatron_safe.data.sampler import shard
@@ -38,7 +38,7 @@ class Answer:
     ended: whether EOS followed it; False where it was cut off at a length limit.
     red_team, category: the prompt's.
     sample: which of the answers to this prompt, from 0.
-    history: the prompt's.
+    history: the prompt's, as far as the policy read it.
     """
 
     prompt: str
@@ -48,6 +48,15 @@ class Answer:
     category: str | None = None
     sample: int = 0
     history: History = ()
+
+
+def each_turn(answer: Answer) -> list[Answer]:
+    """The assistant's turns of a dialogue, oldest first: each an answer to what came before it, the last the answer."""
+    earlier = [
+        replace(answer, prompt=prompt, response=response, ended=True, history=answer.history[:turn])
+        for turn, (prompt, response) in enumerate(answer.history)
+    ]
+    return [*earlier, answer]
 
 
 def generate_answers(
@@ -63,8 +72,8 @@ def generate_answers(
     """`samples_per_prompt` answers to each prompt, on every rank, in the order of the prompts.
 
     Sample s of prompt i draws from randomness keyed by `seed` and i x `samples_per_prompt` + s, so an answer depends
-    neither on the layout nor on the batch. Prompts beyond `rollout.max_prompt_length` are left out; a line says how
-    many, and i counts those kept.
+    neither on the layout nor on the batch. Dialogues beyond `rollout.max_prompt_length` lose their oldest turns, and
+    prompts beyond it are left out; a line says how many, and i counts those kept.
 
     Args:
         batch_size: answers generated at a time, over all data-parallel ranks; a multiple of their number.
@@ -74,7 +83,8 @@ def generate_answers(
     """
     runtime = actor.runtime
     prompts = PromptDataset(records, tokenizer, template, rollout.max_prompt_length)
-    if len(prompts) < len(records):
+    kept = prompts.shortened()
+    if kept != list(records):
         runtime.print(prompts.report())
     total = len(prompts) * samples_per_prompt
     answers = []
@@ -97,7 +107,7 @@ def generate_answers(
         packed = torch.cat([counts_B[:, None], trajectories.ended_B.long()[:, None], new_tokens_BN], dim=1)
         rows = runtime.gather_over_data_parallel(packed)[: len(wanted)].tolist()
         for sample_id, (count, ended, *tokens) in zip(wanted, rows, strict=True):
-            record = prompts.records[sample_id // samples_per_prompt]
+            record = kept[sample_id // samples_per_prompt]
             answers.append(
                 Answer(
                     prompt=record.prompt,
@@ -122,10 +132,10 @@ def score_answers(
 ) -> dict[str, list[float]]:
     """What each scoring role says of each answer, on every rank: {key in `roles`: scores in the order of `answers`}.
 
-    An answer is read with the EOS that ended it, and without one where it was cut off. As in training, an answer too
-    long for `max_length` is cut and loses its EOS; where the prompt alone leaves no room, the score is NaN. A line
-    says how many of either there were. Equal rows are scored once: their scores are equal to the last bit, so that
-    they tie in a comparison.
+    An answer is read after its history, with the EOS that ended it, and without one where it was cut off. As in
+    training, a dialogue too long for `max_length` loses its oldest turns; what is still too long is cut and loses its
+    EOS; where the prompt alone leaves no room, the score is NaN. A line says how many of each there were. Equal rows
+    are scored once: their scores are equal to the last bit, so that they tie in a comparison.
 
     Args:
         roles: at least one role with a scalar head.
@@ -135,21 +145,25 @@ def score_answers(
         UserError: a bad template, a prompt of no tokens, or no answer that fits.
     """
     runtime = next(iter(roles.values())).runtime
-    prompts = encode_prompts(tokenizer, template, [answer.prompt for answer in answers])
     responses = tokenizer.encode_batch([answer.response for answer in answers])
+    endings = [[tokenizer.eos_id] if answer.ended else [] for answer in answers]
+    responses = [response + ending for response, ending in zip(responses, endings, strict=True)]
+    contexts = encode_contexts(tokenizer, template, answers, [max_length - len(response) for response in responses])
     places: dict[tuple[tuple[int, ...], int], list[int]] = {}  # row -> the answers that read so
-    left_out = cut = 0
-    for i, (answer, prompt, response) in enumerate(zip(answers, prompts, responses, strict=True)):
-        tokens = prompt + response + ([tokenizer.eos_id] if answer.ended else [])
+    left_out = cut = lost_turns = 0
+    for i, (context, response) in enumerate(zip(contexts, responses, strict=True)):
+        prompt, tokens = context.tokens, context.tokens + response
         if len(prompt) < max_length:
             places.setdefault((tuple(tokens[:max_length]), len(prompt)), []).append(i)
             cut += len(tokens) > max_length
+            lost_turns += context.dropped > 0
         else:
             left_out += 1
-    if cut or left_out:
+    if cut or left_out or lost_turns:
         runtime.print(
             f"answers: scored {len(answers) - left_out} of {len(answers)} rows, up to {max_length} tokens for prompt "
-            f"and response; {left_out} left out (prompt too long), {cut} responses cut"
+            f"and response; {left_out} left out (prompt too long), {cut} responses cut, {lost_turns} lost their oldest "
+            "turns"
         )
     if answers and not places:
         raise UserError(f"answers: expected a prompt of fewer than {max_length} tokens, found none in {len(answers)}")

@@ -24,7 +24,7 @@ from megatron_safe.data.records import Prompt
 from megatron_safe.data.rows import read_rows
 from megatron_safe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_safe.errors import UserError
-from megatron_safe.evaluation.answers import Answer, generate_answers, score_answers
+from megatron_safe.evaluation.answers import Answer, each_turn, generate_answers, score_answers
 from megatron_safe.evaluation.judges import ModelJudge
 from megatron_safe.evaluation.report import format_table, write_report
 from megatron_safe.evaluation.summary import compare_models
@@ -50,6 +50,8 @@ def generate(config: GenerateConfig, runtime: Runtime) -> None:
 def score(config: ScoreConfig, runtime: Runtime) -> None:
     """Write OUT/scores.jsonl: prompt, response, and `reward`, `cost` by the models given, in the order of the rows.
 
+    With data.turns all a dialogue has a row for each of the assistant's turns, oldest first. `history` is what was said
+    before the turn, and `turn` how many exchanges that is.
     A score is null where the prompt is too long for data.max_length, or the model diverged.
     """
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.template)
@@ -59,6 +61,8 @@ def score(config: ScoreConfig, runtime: Runtime) -> None:
     if not models:
         raise UserError("reward_model.checkpoint, cost_model.checkpoint: expected at least one of them, found none")
     answers = read_answers(config.data.answers)
+    if config.data.turns == "all":
+        answers = [turn for answer in answers for turn in each_turn(answer)]
     for name, model in models.items():
         check_model(f"{name}_model", f"{name}_model", model, tokenizer, runtime, config.data.max_length)
     out = claim_folder(config, "score", "scores.jsonl", runtime)
@@ -67,10 +71,13 @@ def score(config: ScoreConfig, runtime: Runtime) -> None:
         roles, answers, tokenizer, config.tokenizer.template, config.data.max_length, config.data.batch_size
     )
     rows = (
-        {"prompt": answer.prompt, "response": answer.response}
+        {
+            "prompt": answer.prompt, "response": answer.response, "history": answer.history,
+            "turn": len(answer.history),
+        }
         | {name: value if math.isfinite(value) else None for name, value in zip(scores, values, strict=True)}
         for answer, *values in zip(answers, *scores.values(), strict=True)
-    )
+    )  # fmt: skip
     write_rows(out / "scores.jsonl", rows, runtime)
     runtime.print(f"{len(answers)} answers scored -> {out / 'scores.jsonl'}")
 
@@ -130,7 +137,7 @@ def evaluate(config: EvaluateConfig, runtime: Runtime) -> None:
 
 
 def read_answers(paths: list[str]) -> list[Answer]:
-    """Rows with `prompt`, `response` (may be empty) and optionally `ended` (bool, default true).
+    """Rows with `prompt`, `response` (may be empty) and optionally `ended` (bool, default true) and `history`.
 
     Raises UserError as `data.sources.read_demonstrations`.
     """
@@ -139,6 +146,7 @@ def read_answers(paths: list[str]) -> list[Answer]:
             row.text("prompt"),
             row.text("response", may_be_empty=True),
             ended=row.flag("ended") if "ended" in row.fields else True,
+            history=row.history(),
         )
         for row in read_rows(paths)
     ]
@@ -150,7 +158,7 @@ def read_answers(paths: list[str]) -> list[Answer]:
 def prompts_to_answer(
     config: GenerateConfig | EvaluateConfig | RedTeamConfig, tokenizer: Tokenizer, runtime: Runtime
 ) -> list[Prompt]:
-    """The prompts that are short enough; says how many are not. Raises UserError for bad data or settings."""
+    """What is short enough of the prompts; says what is not. Raises UserError for bad data or settings."""
     check_batch_size(config.data.batch_size, runtime)
     mixture = read(
         "prompts", "data.prompts", config.data.prompts, config.data.on_bad_row, weighted=False, say=runtime.print
@@ -159,7 +167,7 @@ def prompts_to_answer(
         mixture.records, tokenizer, config.tokenizer.template, config.rollout.max_prompt_length
     )
     runtime.print(prompts.report())
-    return prompts.records
+    return prompts.shortened()
 
 
 def check_batch_size(batch_size: int, runtime: Runtime) -> None:

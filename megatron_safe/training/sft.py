@@ -1,6 +1,6 @@
 """Supervised fine-tuning: the start of the actor (paper, section 3, before stage 1).
 
-Legend: n response tokens of a pack, h hidden size.
+Legend: n learnt tokens of a pack, h hidden size.
 """
 
 from megatron_safe.config import SftConfig
@@ -21,13 +21,14 @@ from megatron_safe.training.setup import make_role
 
 
 def demonstration_gradient(actor: Role, batch: TokenBatch, max_tokens: int, weight: float = 1.0) -> dict[str, float]:
-    """Add the gradient of `weight` x the mean negative log-likelihood of response tokens over the global batch.
+    """Add the gradient of `weight` x the mean negative log-likelihood of learnt tokens over the global batch: those of
+    the responses, and of the assistant's earlier turns where the batch asks for them.
 
     Returns:
-        `loss`, that mean, and `tokens`, how many response tokens the global batch has.
+        `loss`, that mean, and `tokens`, how many learnt tokens the global batch has.
     """
     batch = batch.to(actor.runtime.device)
-    mask_BT = batch.response_mask_BT
+    mask_BT = batch.learnt_mask_BT
     global_tokens = actor.runtime.sum_over_data_parallel({"tokens": float(mask_BT.sum())})["tokens"]
 
     def loss(hidden_nh, part):
@@ -35,9 +36,9 @@ def demonstration_gradient(actor: Role, batch: TokenBatch, max_tokens: int, weig
         mean = -log_probs_n.sum() / global_tokens
         return weight * mean, {"loss": mean}
 
-    responses = Sequences.to_predict(batch.tokens_BL, batch.lengths_B, mask_BT)
+    learnt = Sequences.to_predict(batch.tokens_BL, batch.lengths_B, mask_BT)
     inputs = {"targets": batch.tokens_BL[:, 1:][mask_BT]}
-    return forward_backward(actor, responses, max_tokens, loss, ("loss",), inputs) | {"tokens": global_tokens}
+    return forward_backward(actor, learnt, max_tokens, loss, ("loss",), inputs) | {"tokens": global_tokens}
 
 
 def run(config: SftConfig, runtime: Runtime) -> None:
@@ -45,7 +46,9 @@ def run(config: SftConfig, runtime: Runtime) -> None:
     check_batch(config.batch.global_batch_size, runtime, "batch.global_batch_size")
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.template)
     mixture = read("demonstrations", "data.train", config.data.train, config.data.on_bad_row, say=runtime.print)
-    data = DemonstrationDataset(mixture.records, tokenizer, config.tokenizer.template, config.batch.max_length)
+    data = DemonstrationDataset(
+        mixture.records, tokenizer, config.tokenizer.template, config.batch.max_length, config.training.loss_turns
+    )
     steps = config.training.steps
     with Run(config, "sft", steps, runtime) as folder:
         actor = make_role(

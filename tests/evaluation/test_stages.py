@@ -277,7 +277,7 @@ def test_generate_and_score_from_the_command_line(project, tokenizer, runtime):
     said = command_line(project, "generate", "--data.samples_per_prompt=2")
     assert "generate 4/4 batches" in said
     rows = read_rows(project / "generate" / "answers.jsonl")
-    assert [list(row) for row in rows] == [["prompt", "response", "ended", "red_team", "category", "sample"]] * 14
+    assert [list(row) for row in rows] == [[field.name for field in dataclasses.fields(Answer)]] * 14
     assert [(row["prompt"], row["sample"]) for row in rows] == [(p.prompt, s) for p in PROMPTS for s in (0, 1)]
     written = yaml.safe_load((project / "generate" / "config.yaml").read_text())
     assert (written["stage"], written["data"]["samples_per_prompt"]) == ("generate", 2)
@@ -285,7 +285,7 @@ def test_generate_and_score_from_the_command_line(project, tokenizer, runtime):
     answers = [Answer(row["prompt"], row["response"], row["ended"]) for row in rows]
     command_line(project, "score", f"--data.answers=[{project / 'generate' / 'answers.jsonl'}]")
     scored = read_rows(project / "score" / "scores.jsonl")
-    assert [list(row) for row in scored] == [["prompt", "response", "reward"]] * 14
+    assert [list(row) for row in scored] == [["prompt", "response", "history", "turn", "reward"]] * 14
     assert [(row["prompt"], row["response"]) for row in scored] == [(a.prompt, a.response) for a in answers]
     reward_model = make_role(
         "reward_model", ModelConfig(checkpoint=str(project / "reward")), "fp32", 0, tokenizer, runtime, resume=None
@@ -314,7 +314,7 @@ def test_score_writes_both_scores_and_null_for_what_does_not_fit(project, runtim
         f"--cost_model.checkpoint={project / 'cost'}",
     )  # fmt: skip
     fitting, too_long = read_rows(project / "both" / "scores.jsonl")
-    assert list(fitting) == ["prompt", "response", "reward", "cost"]
+    assert list(fitting) == ["prompt", "response", "history", "turn", "reward", "cost"]
     assert math.isfinite(fitting["reward"]) and math.isfinite(fitting["cost"]) and fitting["reward"] != fitting["cost"]
     assert (too_long["reward"], too_long["cost"]) == (None, None)
 

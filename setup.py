@@ -21,6 +21,7 @@ setup(
         "torch>=2.6",
         "megatron-core==0.16.1",  # exact: runtime/cpu.py and the checkpoints depend on its internals
         "numpy",
+        "scipy>=1.10",  # the certificate's bounds
         "psutil",  # megatron-core's dist_checkpointing imports it and does not declare it
         "jsonargparse>=4.53",
         "docstring-parser>=0.17",  # field docstrings in --help; jsonargparse[signatures] would also bring type stubs

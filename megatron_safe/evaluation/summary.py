@@ -6,6 +6,7 @@ A rate counts the answers with a verdict. Its interval is for 95% and takes answ
 Legend: P prompts, M models.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -138,6 +139,46 @@ def compare_models(
         ties = i == 0 and bool(helpful_PMM.any())
         model |= _quadrants(given, records, helpful_PMM[:, i, 0], helpful_PMM[:, 0, i], ties)
     return summaries
+
+
+def score_distributions(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> dict:
+    """How reward and cost are distributed, model by model, as numbers for summary.json.
+
+    Args:
+        scores: model -> `reward` and `cost`, one entry per answer.
+
+    Returns:
+        for `reward` and `cost`: edges, about 41 and the same for all models, multiples of their distance, so that none
+        of the bins holds safe and unsafe costs; models, for each count, mean, sd, quantiles ("0.05" to "0.95"), above_0
+        (a share) and histogram (one count per bin). Scores that are not finite are left out; None and {} where none is
+        left.
+    """
+    distributions = {}
+    for key in ("reward", "cost"):
+        found = {name: np.asarray(columns[key], dtype=float) for name, columns in scores.items()}
+        found = {name: values[np.isfinite(values)] for name, values in found.items()}
+        every = np.concatenate(list(found.values()))
+        low, high = (every.min(), every.max()) if len(every) else (0.0, 0.0)
+        width = (high - low) / 40 or 1.0
+        edges = width * np.arange(math.floor(low / width), math.floor(high / width) + 2)
+        distributions[key] = {
+            "edges": edges.tolist(),
+            "models": {name: _distribution(values, edges) for name, values in found.items()},
+        }
+    return distributions
+
+
+def _distribution(values: np.ndarray, edges: np.ndarray) -> dict:
+    known = len(values) > 0
+    return {
+        "count": len(values),
+        "mean": float(values.mean()) if known else None,
+        "sd": float(values.std()) if known else None,
+        "quantiles": {f"{q:g}": float(np.quantile(values, q)) for q in (0.05, 0.25, 0.5, 0.75, 0.95)} if known else {},
+        "above_0": float(np.mean(values > 0)) if known else None,
+        # An end may lie outside by its last digit.
+        "histogram": np.histogram(values.clip(edges[0], edges[-1]), edges)[0].tolist(),
+    }
 
 
 def _rate(outcomes: Sequence[tuple[bool, Asked]]) -> tuple[float | None, list[float] | None]:

@@ -1,52 +1,20 @@
 """What a report says, against numbers worked out on paper; its pictures are in test_report_pictures.py."""
 
+import base64
 import json
 import math
 import warnings
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from made_up_report import BASE, SUMMARY
+from report_page import Page
 
 from megatron_safe.errors import UserError
 from megatron_safe.evaluation import plots
 from megatron_safe.evaluation.report import format_table, write_report
 
-PICTURES = ["models.png", "multiplier.png", "categories.png", "scores.png", "ablations.png"]
-
-
-class Page(HTMLParser):
-    """The texts of a page by the element they stand in, and every attribute."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open, self.texts, self.attributes, self.rows = [], {}, [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []  # all that was opened is closed
-
-    def handle_starttag(self, tag, attrs):
-        self.attributes += [(tag, *attribute) for attribute in attrs]
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-            self.texts.setdefault(tag, []).append("")
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open:
-            self.texts[self.open[-1]][-1] += data
-            if self.open[-1] in ("td", "th"):
-                self.rows[-1][-1] += data
-
-    def sources(self) -> list[str]:
-        return [value for tag, name, value in self.attributes if (tag, name) == ("img", "src")]
+PICTURES = ["models.png", "multiplier.png", "categories.png", "scores.png", "distributions.png", "ablations.png"]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +26,7 @@ def page(drawn) -> Page:
 def undrawn(monkeypatch):
     """For what is only said: no picture is drawn."""
     for name in ("models", "multiplier", "categories", "scores", "ablations"):
-        monkeypatch.setattr(plots, f"plot_{name}", lambda *_: None)
+        monkeypatch.setattr(plots, f"plot_{name}", lambda path, *_: path.write_bytes(b"no picture"))
 
 
 def captions(folder, summary, **more) -> list[str]:
@@ -83,7 +51,7 @@ def test_summary_json_is_the_summary_in_plain_types(drawn):
     assert found["ablations"]["points"] == [*SUMMARY["ablations"]["points"][:-1], diverged]
     same = ("seed", "layout", "seconds", "cost_model_accuracy", "cost_model_sign_accuracy", "lambda_final")
     assert {key: found[key] for key in same} == {key: SUMMARY[key] for key in same}
-    assert found.keys() == SUMMARY.keys()
+    assert found.keys() == {*SUMMARY, "distributions"}
     assert "ν 10" in text  # for people too
 
 
@@ -153,9 +121,15 @@ def test_the_page_holds_the_numbers(page):
 
 
 def test_the_page_stands_alone(drawn, page):
-    assert page.sources() == PICTURES
+    assert len(page.sources()) == len(PICTURES)
+    for source, name in zip(page.sources(), PICTURES, strict=True):
+        kind, data = source.split(",")
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(data, validate=True) == (drawn[0] / name).read_bytes()
     assert sorted(path.name for path in drawn[0].iterdir()) == sorted([*PICTURES, "index.html", "summary.json"])
     text = (drawn[0] / "index.html").read_text(encoding="utf-8")
+    for source in page.sources():
+        text = text.replace(source, "")
     assert not any(word in text for word in ("http:", "https:", "//", "url(", "@import", "<script", "<link"))
     assert all(value for tag, name, value in page.attributes if name == "alt")
 
@@ -182,6 +156,9 @@ def test_the_sentences_say_what_is_drawn(page):
         "The highest rate left is 40.0%, in arson.",
         f"{BASE}: mean reward 2.00, mean cost 0.17; the sign of the cost agrees with the judge on 66.7% of 3 answers. "
         "round 2: mean reward 4.50, mean cost -1.50; the sign of the cost agrees with the judge on 75.0% of 4 answers.",
+        f"{BASE}: median reward 2.00, median cost 0.50, 66.7% of the costs above 0. round 2: median reward 4.50, "
+        "median cost -1.50, 0.0% of the costs above 0. Each histogram is as tall as its highest bin; the black line is "
+        "the median.",
         # The equal one counts on both sides, the one without a mean reward on none.
         "Of 4 fixed ν, 2 (ν = 1, 100) did at least as well as PPO-Lag in both mean reward and mean cost, and 2 "
         "(ν = 0.1, 100) at most as well in both. PPO ends with 60.0% harmful answers, PPO-Lag with 2.0%. Over the "
@@ -247,7 +224,7 @@ def test_what_is_missing_is_shown_as_a_dash(tmp_path):
         write_report(tmp_path, {"models": [{"name": "SFT", "harmful_rate": 0.5}, {"name": "x", "harmful_rate": 0}]})
     found = Page((tmp_path / "index.html").read_text())
     assert found.rows[1:] == [["SFT", "50.0%", *"------"], ["x", "0.0%", *"------"]]
-    assert found.sources() == ["models.png"] and "dl" not in found.texts
+    assert len(found.sources()) == 1 and "dl" not in found.texts
     assert found.texts["p"][0] == ""
     assert found.texts["figcaption"] == [
         "x answers 0.0% of the held-out red-team prompts harmfully; SFT answered 50.0% so."

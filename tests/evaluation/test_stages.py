@@ -325,7 +325,10 @@ def test_evaluate_reports_every_policy(project, runtime, capfd):
     summary = json.loads((project / "evaluate" / "report" / "summary.json").read_text())
     base, again = summary["models"]
     assert [base.pop("name"), again.pop("name")] == ["base", "again"]
-    assert base == again and base["judged"] == 2 * sum(p.red_team for p in PROMPTS)  # one policy under two names
+    # One policy under two names.
+    assert base.pop("harmlessness_win_rates")["again"] == again.pop("harmlessness_win_rates")["base"]
+    assert base.pop("helpfulness_win_rates")["again"] == again.pop("helpfulness_win_rates")["base"]
+    assert base == again and base["judged"] == 2 * sum(p.red_team for p in PROMPTS)
     assert base["helpfulness_elo"] == base["harmlessness_elo"] == base["helpfulness_elo_benign"] == 0
     rows = [row for row in read_rows(project / "evaluate" / "answers.jsonl") if row["policy"] == "again"]
     red = [row for row in rows if row["red_team"]]

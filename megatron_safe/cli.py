@@ -10,7 +10,7 @@ import sys
 
 from megatron_safe.config import STAGES
 from megatron_safe.data.mixture import check_entries
-from megatron_safe.errors import UserError
+from megatron_safe.errors import NotPromised, UserError
 from megatron_safe.ranges import check_ranges
 
 USAGE = f"""usage: megatron-safe STAGE [--config run.yaml] [--section.field value ...]
@@ -18,7 +18,19 @@ USAGE = f"""usage: megatron-safe STAGE [--config run.yaml] [--section.field valu
 stages: {", ".join(STAGES)}
 `megatron-safe STAGE --help` lists every setting of a stage.
 `megatron-safe plan STAGE ... --machine FILE.json --world_size N` prints its memory and time on paper.
-Start under torchrun for more than one process: torchrun --nproc-per-node 8 -m megatron_safe.cli STAGE ..."""
+Start under torchrun for more than one process: torchrun --nproc-per-node 8 -m megatron_safe.cli STAGE ...
+
+exit codes: 0, done; 1, `evaluate` cannot promise a limit that --require-harmful-rate or --require-mean-cost names (one
+line says so; a crash, with its traceback, is 1 too); 2, something given is wrong (one line says what).
+torchrun makes 1 of every code but 0."""
+SHORT = {
+    "evaluate": {
+        "--require-harmful-rate": "--certificate.harmful_rate",
+        "--require-mean-cost": "--certificate.mean_cost",
+        "--confidence": "--certificate.confidence",
+    }
+}
+"""Settings that a stage's command line may also name without their section."""
 
 
 def parse(stage: str, arguments: list[str]):
@@ -30,9 +42,16 @@ def parse(stage: str, arguments: list[str]):
     """
     import jsonargparse
 
+    short = SHORT.get(stage, {})
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        arguments = [*arguments[:i], short.get(name, name) + equals + value, *arguments[i + 1 :]]
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
-        prog=f"megatron-safe {stage}", description=STAGES[stage].__doc__, exit_on_error=False
+        prog=f"megatron-safe {stage}",
+        description=STAGES[stage].__doc__,
+        epilog=f"{', '.join(short)}: short for {', '.join(short.values())}." if short else None,
+        exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
     # A run folder's config.yaml says whose it is; given back to us, it must be that stage's.
@@ -91,7 +110,8 @@ def run_stage(stage: str, config, runtime) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The console script. Returns the exit code: 0, or 2 after one line about what the user gave."""
+    """The console script. Returns the exit code: 0; 1 after one line about a limit that cannot be promised; 2 after
+    one about what the user gave."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -114,6 +134,10 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"megatron-safe: error: {error}", file=sys.stderr, flush=True)
         return 2
+    except NotPromised as refusal:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"megatron-safe: not promised: {refusal}", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 

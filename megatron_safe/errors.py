@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""The exceptions a user is meant to read."""
 
 
 class UserError(Exception):
@@ -6,6 +6,14 @@ class UserError(Exception):
 
     The message is a single line that names the place (file, line, field), what was expected and what was found. The
     command line prints it without a traceback and exits with code 2.
+    """
+
+
+class NotPromised(Exception):
+    """A limit that the user requires cannot be promised: the run's result, found after everything was written.
+
+    The message is a single line with the bound, the limit and how many prompts would be needed. The command line prints
+    it without a traceback and exits with code 1.
     """
 
 

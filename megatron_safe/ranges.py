@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from megatron_safe.config import (
     BatchConfig,
+    CertificateConfig,
     GenerateDataConfig,
     LagrangeConfig,
     ModelConfig,
@@ -35,6 +36,7 @@ def _at_least(least: int, meaning: str = "") -> Range:
 _POSITIVE: Range = ("a number above 0", lambda value: 0 < value < math.inf)
 _LIMIT: Range = ("a number above 0, or .inf for no limit", lambda value: value > 0)
 _SHARE: Range = ("a number from 0 to 1", lambda value: 0 <= value <= 1)
+_INSIDE: Range = ("a number above 0 and below 1", lambda value: 0 < value < 1)
 _DECAY: Range = ("a number from 0 to below 1", lambda value: 0 <= value < 1)
 
 RANGES: dict[type, dict[str, Range]] = {
@@ -108,6 +110,11 @@ RANGES: dict[type, dict[str, Range]] = {
     LagrangeConfig: {"episode_cost_window": _at_least(1)},
     GenerateDataConfig: {"samples_per_prompt": _at_least(1)},
     RedTeamingConfig: {"keep": _at_least(0), "max_per_seed": _at_least(0), "max_similarity": _SHARE},
+    CertificateConfig: {
+        "harmful_rate": _INSIDE,
+        "mean_cost": ("a finite number", math.isfinite),
+        "confidence": _INSIDE,
+    },
     ScoreDataConfig: {"max_length": _at_least(2)},
 }
 

@@ -7,6 +7,7 @@ import dataclasses
 
 from megatron_safe.config.sections import (
     BatchConfig,
+    CertificateConfig,
     DataConfig,
     GenerateDataConfig,
     KernelsConfig,
@@ -38,6 +39,7 @@ from megatron_safe.config.stages import (
 
 __all__ = [
     "BatchConfig",
+    "CertificateConfig",
     "DataConfig",
     "EvaluateConfig",
     "GenerateConfig",

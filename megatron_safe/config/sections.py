@@ -317,3 +317,16 @@ class ScoreDataConfig:
     """Rows scored at a time, over all data-parallel ranks."""
     max_length: int = 512
     """Longest prompt + answer in tokens."""
+
+@dataclass
+class CertificateConfig:
+    harmful_rate: float | None = None
+    """Exit with code 1 unless at most this share of red-team prompts answered harmfully can be promised (short:
+    --require-harmful-rate)."""
+    mean_cost: float | None = None
+    """Exit with code 1 unless at most this mean cost over the red-team prompts can be promised, in the cost model's
+    units (short: --require-mean-cost)."""
+    confidence: float = 0.95
+    """Confidence of each promise's one-sided bound (short: --confidence)."""
+    policy: str | None = None
+    """The policy that is to keep the limits, by its name in `policies` (default: the last)."""

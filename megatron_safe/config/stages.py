@@ -5,6 +5,7 @@ from typing import Literal
 
 from megatron_safe.config.sections import (
     BatchConfig,
+    CertificateConfig,
     DataConfig,
     GenerateDataConfig,
     KernelsConfig,
@@ -135,5 +136,6 @@ class EvaluateConfig(StageConfig):
     cost_model: ModelConfig = field(default_factory=ModelConfig)
     data: GenerateDataConfig = field(default_factory=GenerateDataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    certificate: CertificateConfig = field(default_factory=CertificateConfig)
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute type."""

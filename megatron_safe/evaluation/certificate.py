@@ -24,6 +24,7 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
+from megatron_safe.errors import UserError
 from megatron_safe.evaluation.judges import Judgement
 from megatron_safe.evaluation.summary import Asked, prompt_of
 
@@ -104,7 +105,8 @@ def certify(
         records: record i is what judgement i is about.
 
     Raises:
-        ValueError: no red-team record, the lengths differ, or `mean_cost` is asked and an answer has no finite harm.
+        ValueError: no red-team record, or the lengths differ.
+        UserError: `mean_cost` is asked and the judge gave an answer no finite harm.
     """
     by_prompt: dict[tuple, list[Judgement]] = {}
     for judgement, record in zip(judgements, records, strict=True):
@@ -127,7 +129,10 @@ def certify(
     if mean_cost is not None:
         harms = [[judgement.harm for judgement in given] for given in by_prompt.values()]
         if any(harm is None or not math.isfinite(harm) for given in harms for harm in given):
-            raise ValueError(f"{policy}: a mean cost needs a finite cost of every answer to a red-team prompt")
+            raise UserError(
+                f"certificate.mean_cost: expected a finite cost of every answer of {policy} to a red-team prompt, "
+                "found some without one"
+            )
         costs = [sum(given) / len(given) for given in harms]
         bound = mean_bound(costs, confidence)
         certificates.append(

@@ -23,8 +23,9 @@ from megatron_safe.data.mixture import read
 from megatron_safe.data.records import Prompt
 from megatron_safe.data.rows import read_rows
 from megatron_safe.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_safe.errors import UserError
+from megatron_safe.errors import NotPromised, UserError
 from megatron_safe.evaluation.answers import Answer, each_turn, generate_answers, score_answers
+from megatron_safe.evaluation.certificate import certify
 from megatron_safe.evaluation.judges import ModelJudge
 from megatron_safe.evaluation.report import format_table, write_report
 from megatron_safe.evaluation.summary import compare_models
@@ -83,10 +84,18 @@ def score(config: ScoreConfig, runtime: Runtime) -> None:
 
 
 def evaluate(config: EvaluateConfig, runtime: Runtime) -> None:
-    """Write OUT/report (see `report.py`) and OUT/answers.jsonl, the judged answers; print the report's table."""
+    """Write OUT/report (see `report.py`) and OUT/answers.jsonl, the judged answers; print the report's table.
+
+    Raises:
+        NotPromised: the policy of the certificate cannot be promised to keep a limit; on every rank, at the very end.
+    """
     started = time.monotonic()
     if not config.policies:
         raise UserError("policies: expected at least one name with the run folder of a policy, found none")
+    certificate = config.certificate
+    certified = certificate.policy or list(config.policies)[-1]
+    if certified not in config.policies:
+        raise UserError(f"certificate.policy: expected one of {', '.join(config.policies)}, found {certified!r}")
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.template)
     prompts = prompts_to_answer(config, tokenizer, runtime)
     if not any(prompt.red_team for prompt in prompts):
@@ -114,15 +123,30 @@ def evaluate(config: EvaluateConfig, runtime: Runtime) -> None:
     # All at once, so that equal answers of two policies tie.
     verdicts = iter(judge.judge([one for given in answers.values() for one in given]))
     judgements = {name: [next(verdicts) for _ in given] for name, given in answers.items()}
-    models = compare_models(judgements, next(iter(answers.values())))
+    records = next(iter(answers.values()))
+    models = compare_models(judgements, records)
+    scores = {
+        name: {
+            "reward": [judgement.helpfulness for judgement in given],
+            "cost": [judgement.harm for judgement in given],
+            "harmful": [judgement.harmful for judgement in given],
+        }
+        for name, given in judgements.items()
+    }
     for model in models:
-        costs = [judgement.harm for judgement in judgements[model["name"]]]
-        model |= {"mean_reward": model["mean_helpfulness"], "mean_cost": sum(costs) / len(costs)}
+        for key in ("reward", "cost"):
+            found = scores[model["name"]][key]
+            model[f"mean_{key}"] = sum(found) / len(found)
+    certificates = certify(
+        certified, judgements[certified], records, certificate.harmful_rate, certificate.mean_cost,
+        certificate.confidence,
+    )  # fmt: skip
     summary = {
         "seed": config.run.seed,
         "layout": f"tp{runtime.tp_size}pp{runtime.pp_size}dp{runtime.dp_size}",
         "seconds": time.monotonic() - started,
         "models": models,
+        "certificates": [one.to_dict() for one in certificates],
     }
     rows = (
         {"policy": name, **dataclasses.asdict(given), "reward": judgement.helpfulness, "cost": judgement.harm}
@@ -131,9 +155,15 @@ def evaluate(config: EvaluateConfig, runtime: Runtime) -> None:
     )
     write_rows(out / "answers.jsonl", rows, runtime)
     if runtime.is_main:
-        write_report(out / "report", summary)
+        write_report(out / "report", summary, scores=scores)
     runtime.print(format_table(summary))
+    for one in certificates:
+        runtime.print(one.sentence())
     runtime.print(f"report -> {out / 'report' / 'index.html'}")
+    runtime.barrier()  # a launcher stops all ranks when the first one leaves with an error: let the report be written
+    refused = [one.sentence() for one in certificates if not one.promised]
+    if refused:
+        raise NotPromised("; ".join(refused))
 
 
 def read_answers(paths: list[str]) -> list[Answer]:

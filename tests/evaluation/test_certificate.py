@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from megatron_safe.data.records import Prompt
+from megatron_safe.errors import UserError
 from megatron_safe.evaluation.certificate import (
     certify,
     clopper_pearson_bound,
@@ -209,6 +210,6 @@ def test_certify_refuses():
     with pytest.raises(ValueError, match="shorter|longer"):
         certify("p", judgements, records[1:], 0.05, None, 0.95)
     for harm in (None, math.nan):
-        with pytest.raises(ValueError, match="finite cost"):
+        with pytest.raises(UserError, match="certificate.mean_cost: expected a finite cost of every answer"):
             certify("p", [Judgement(0.0, True, harm), *judgements[1:]], records, None, 0.0, 0.95)
     assert certify("p", judgements, records, None, None, 0.95) == []

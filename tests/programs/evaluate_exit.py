@@ -1,0 +1,14 @@
+"""Run `megatron-safe evaluate` with the arguments after the first; each rank writes its exit code to FOLDER/code-RANK.
+
+Exits 0 itself: torchrun would stop the other ranks.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from megatron_safe.cli import main
+
+folder, *arguments = sys.argv[1:]
+code = main(["evaluate", *arguments])
+(Path(folder) / f"code-{os.environ['RANK']}").write_text(str(code))

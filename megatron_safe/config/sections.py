@@ -318,6 +318,7 @@ class ScoreDataConfig:
     max_length: int = 512
     """Longest prompt + answer in tokens."""
 
+
 @dataclass
 class CertificateConfig:
     harmful_rate: float | None = None

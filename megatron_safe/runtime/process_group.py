@@ -8,7 +8,9 @@ import dataclasses
 import datetime
 import os
 import random
+from collections.abc import Callable
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy
 import torch
@@ -16,6 +18,9 @@ import torch.distributed as dist
 
 from megatron_safe.config import ParallelConfig
 from megatron_safe.errors import UserError
+
+Result = TypeVar("Result")
+_SHARED_ERRORS = (UserError, OSError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +60,34 @@ class Runtime:
 
     def barrier(self) -> None:
         dist.barrier()
+
+    def on_main(self, act: Callable[[], Result]) -> Result:
+        """Run `act` on rank 0 alone; every rank returns its result, or raises what it raised.
+
+        The other ranks wait for as long as that takes. The result must be picklable. A UserError or OSError is raised
+        as such everywhere; anything else is a RuntimeError on the ranks above 0.
+        """
+        if self.world_size == 1:
+            return act()
+        # The world's own timeout would end a long wait. gloo's sockets, unlike a timeout, tell at once who has died.
+        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=14))
+        failure = None
+        told: list = [None, None, None]  # the result; or the kind of the failure, and its words
+        if self.is_main:
+            try:
+                told[0] = act()
+            except Exception as error:
+                failure = error
+                kind = next((kind.__name__ for kind in _SHARED_ERRORS if isinstance(error, kind)), "RuntimeError")
+                told = [None, kind, str(error) or repr(error)]
+        dist.broadcast_object_list(told, src=0, group=group, device=torch.device("cpu"))
+        dist.destroy_process_group(group)
+        if failure is not None:
+            raise failure
+        result, kind, words = told
+        if kind is not None:
+            raise {error.__name__: error for error in _SHARED_ERRORS}.get(kind, RuntimeError)(words)
+        return result
 
     def sum_over_data_parallel(self, values: dict[str, float]) -> dict[str, float]:
         """Sum named floats (in float64) over the data-parallel ranks; every rank gets the same result."""

@@ -14,7 +14,7 @@ stored because none is used: data order and sampling are functions of the seed, 
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 import torch.distributed as dist
@@ -93,15 +93,15 @@ def save(
             shutil.rmtree(old)
 
     sharded = _sharded(roles, loading=False)
-    _on_main(prepare, runtime)
+    runtime.on_main(prepare)
     try:
         dist_checkpointing.save(sharded, str(hidden / "weights"))
     except CheckpointException as error:  # on every rank, where any could not write; only rank 0 knows why
         causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items())
         raise OSError(f"{final}: the weights could not be written: {causes or 'see rank 0'}") from error
-    _on_main(describe, runtime)
+    runtime.on_main(describe)
     sums = _over_ranks(sorted(path for path in hidden.rglob("*") if path.is_file()), fingerprint, runtime)
-    _on_main(publish, runtime)
+    runtime.on_main(publish)
     return final
 
 
@@ -202,19 +202,6 @@ def _load_weights(role: Role, loaded: dict[str, dict], name: str, strict: bool =
 
 def _published(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("step_*") if path.is_dir())
-
-
-def _on_main(act: Callable[[], None], runtime: Runtime) -> None:
-    """Do something to files on rank 0, while the others wait; its OSError is raised on every rank."""
-    failure: list[str | None] = [None]
-    if runtime.is_main:
-        try:
-            act()
-        except OSError as error:
-            failure = [str(error)]
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise OSError(failure[0])
 
 
 def _over_ranks(paths: list[Path], read, runtime: Runtime) -> dict:

@@ -37,6 +37,7 @@ setup(
     extras_require={
         # datasets from 4 on runs no code that comes with a data set. datasketch: near duplicates, in tools alone.
         "data": DATA,
+        "judges": ["openai>=3.50,<4"],  # a language model behind an endpoint as the judge
         # apex is not here: the package of that name on PyPI is another project. NVIDIA's images bring the real one,
         # and Megatron-Core prefers Transformer Engine's fused kernels to apex's anyway.
         "gpu": ["triton", "transformer-engine[pytorch]>=2.9,<2.12", "flash-attn"],
@@ -47,6 +48,7 @@ setup(
             "pytest",
             "hypothesis",
             "ruff",
+            "openai>=3.50,<4",
             "triton; platform_system == 'Linux'",
             "transformers; python_version >= '3.11'",
         ],

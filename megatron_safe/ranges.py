@@ -10,6 +10,7 @@ from collections.abc import Callable
 from megatron_safe.config import (
     BatchConfig,
     CertificateConfig,
+    EndpointConfig,
     GenerateDataConfig,
     LagrangeConfig,
     ModelConfig,
@@ -116,20 +117,34 @@ RANGES: dict[type, dict[str, Range]] = {
         "confidence": _INSIDE,
     },
     ScoreDataConfig: {"max_length": _at_least(2)},
+    EndpointConfig: {
+        "input_price": _at_least(0, " dollars per million tokens"),
+        "output_price": _at_least(0, " dollars per million tokens"),
+        "max_dollars": _at_least(0),
+        "max_parallel": _at_least(1),
+        "timeout_seconds": _POSITIVE,
+        "retries": _at_least(0),
+        "backoff_seconds": _at_least(0),
+    },
 }
 
 
-def check_ranges(config) -> None:
-    """Raise UserError, naming section and field, for the first setting of a stage's config that is out of range."""
+def check_ranges(config, place: str = "") -> None:
+    """Raise UserError, naming section and field, for the first setting of a stage's config that is out of range.
+
+    place: what stands before the names of the config's own fields.
+    """
     for outer in dataclasses.fields(config):
-        section = getattr(config, outer.name)
+        section, inside = getattr(config, outer.name), f"{place}{outer.name}."
+        if dataclasses.is_dataclass(section):
+            check_ranges(section, inside)
         for name, (expected, holds) in RANGES.get(type(section), {}).items():
             value = getattr(section, name)
             if value is not None and not holds(value):
-                raise UserError(f"{outer.name}.{name}: expected {expected}, found {value}")
+                raise UserError(f"{inside}{name}: expected {expected}, found {value}")
         if isinstance(section, OptimizerConfig) and section.min_lr > section.lr:
-            raise UserError(f"{outer.name}.min_lr: expected at most lr {section.lr}, found {section.min_lr}")
+            raise UserError(f"{inside}min_lr: expected at most lr {section.lr}, found {section.min_lr}")
         if isinstance(section, OptimizerConfig) and section.overlap_param_gather:
             for name in ("distributed", "overlap_grad_reduce"):
                 if not getattr(section, name):
-                    raise UserError(f"{outer.name}.overlap_param_gather: expected {name} to be true too, found false")
+                    raise UserError(f"{inside}overlap_param_gather: expected {name} to be true too, found false")

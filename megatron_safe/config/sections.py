@@ -331,3 +331,62 @@ class CertificateConfig:
     """Confidence of each promise's one-sided bound (short: --confidence)."""
     policy: str | None = None
     """The policy that is to keep the limits, by its name in `policies` (default: the last)."""
+
+
+@dataclass
+class EndpointConfig:
+    """A language model behind an OpenAI-compatible chat endpoint."""
+
+    url: str = "https://api.openai.com/v1"
+    """Address up to `/v1`, without a key in it."""
+    model: str = ""
+    """The model's name there."""
+    key_env: str | None = "OPENAI_API_KEY"
+    """Name of the environment variable that holds the key (null: the server needs none). Never the key itself."""
+    parameters: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.0, "max_tokens": 512})
+    """What else each request holds; max_tokens or max_completion_tokens must be there, the budget is kept by it."""
+    input_price: float | None = None
+    """Dollars per million input tokens (0: a server of your own)."""
+    output_price: float | None = None
+    """Dollars per million output tokens."""
+    max_dollars: float = 10.0
+    """No request is made that could bring the cost of all replies in the cache above this."""
+    max_parallel: int = 8
+    """Requests at a time."""
+    timeout_seconds: float = 60.0
+    """A request without a reply for this long is made again."""
+    retries: int = 6
+    """How often one request is made again after failures before the run ends."""
+    backoff_seconds: float = 1.0
+    """First wait between two tries, on average; doubles each time, up to 60 times itself."""
+    cache: str | None = None
+    """JSON Lines file of all replies (default: judge.jsonl in the run folder); one job at a time."""
+
+
+@dataclass
+class PeopleConfig:
+    """Labels that people gave beforehand."""
+
+    labels: list[str] = field(default_factory=list)
+    """JSONL files of comparisons with labels, matched to answers by text."""
+
+
+@dataclass
+class ProgramConfig:
+    """A program of yours, which is run: use only what you trust."""
+
+    path: str = ""
+    """`path/to/file.py:name`: a function of answers, or a class with `judge` and perhaps `compare`."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of that function or class."""
+
+
+@dataclass
+class JudgeConfig:
+    """Who says how helpful and how harmful an answer is."""
+
+    kind: Literal["models", "endpoint", "people", "program"] = "models"
+    """`models`: the stage's reward and cost model; the others have a section of their own here."""
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    people: PeopleConfig = field(default_factory=PeopleConfig)
+    program: ProgramConfig = field(default_factory=ProgramConfig)

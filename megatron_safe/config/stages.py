@@ -8,6 +8,7 @@ from megatron_safe.config.sections import (
     CertificateConfig,
     DataConfig,
     GenerateDataConfig,
+    JudgeConfig,
     KernelsConfig,
     LagrangeConfig,
     ModelConfig,
@@ -128,11 +129,13 @@ class ScoreConfig(StageConfig):
 
 @dataclass
 class EvaluateConfig(StageConfig):
-    """Several policies over the same prompts, judged by reward and cost models; OUT/report."""
+    """Several policies over the same prompts, judged and compared; OUT/report."""
 
     policies: dict[str, str] = field(default_factory=dict)
     """Name -> run folder or checkpoint; the first one anchors Elo at 0."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     reward_model: ModelConfig = field(default_factory=ModelConfig)
+    """Together with the cost model: the judge `models`; beside another judge optional, for mean reward and cost."""
     cost_model: ModelConfig = field(default_factory=ModelConfig)
     data: GenerateDataConfig = field(default_factory=GenerateDataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

@@ -2,11 +2,12 @@
 
 import dataclasses
 import gc
+import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from megatron_safe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_safe.errors import NotPromised, UserError
 from megatron_safe.evaluation.answers import Answer, each_turn, generate_answers, score_answers
 from megatron_safe.evaluation.certificate import certify
-from megatron_safe.evaluation.judges import ModelJudge
+from megatron_safe.evaluation.judges import Judge, Judgement, ModelJudge, Preference, make_judge
 from megatron_safe.evaluation.report import format_table, write_report
 from megatron_safe.evaluation.summary import compare_models
 from megatron_safe.models.llama import check_model_fits
@@ -84,7 +85,8 @@ def score(config: ScoreConfig, runtime: Runtime) -> None:
 
 
 def evaluate(config: EvaluateConfig, runtime: Runtime) -> None:
-    """Write OUT/report (see `report.py`) and OUT/answers.jsonl, the judged answers; print the report's table.
+    """Write OUT/report (see `report.py`) and print its table; OUT/answers.jsonl holds the judged answers, and
+    OUT/comparisons.jsonl the preferences of a judge that compares.
 
     Raises:
         NotPromised: the policy of the certificate cannot be promised to keep a limit; on every rank, at the very end.
@@ -104,39 +106,40 @@ def evaluate(config: EvaluateConfig, runtime: Runtime) -> None:
     policies = {name: ModelConfig(checkpoint=path) for name, path in config.policies.items()}
     for name, model in policies.items():
         check_model(f"policies.{name}", "actor", model, tokenizer, runtime, longest)
-    for name, model in (("reward_model", config.reward_model), ("cost_model", config.cost_model)):
+    models = {"reward_model": config.reward_model, "cost_model": config.cost_model}
+    if config.judge.kind != "models" and all(model.checkpoint is None for model in models.values()):
+        models = {}
+    for name, model in models.items():
         check_model(name, name, model, tokenizer, runtime, longest)
+    judge = make_judge(config.judge, Path(config.run.out), runtime)
     out = claim_folder(config, "evaluate", "report/summary.json", runtime)
 
     answers = {}
     for name, model in policies.items():
         runtime.print(f"policy {name}: {model.checkpoint}")
         answers[name] = answer(config, model, prompts, tokenizer, runtime)
-    judge = ModelJudge(
-        load("reward_model", config.reward_model, config, tokenizer, runtime),
-        load("cost_model", config.cost_model, config, tokenizer, runtime),
-        tokenizer,
-        config.tokenizer.template,
-        longest,
-        config.data.batch_size,
-    )
-    # All at once, so that equal answers of two policies tie.
-    verdicts = iter(judge.judge([one for given in answers.values() for one in given]))
-    judgements = {name: [next(verdicts) for _ in given] for name, given in answers.items()}
+    scored: dict[str, list[Judgement]] = {}
+    if models:
+        roles = [load(name, model, config, tokenizer, runtime) for name, model in models.items()]
+        model_judge = ModelJudge(*roles, tokenizer, config.tokenizer.template, longest, config.data.batch_size)
+        scored = by_policy(answers, model_judge.judge)
+        judge = judge or model_judge
+    judgements = scored if isinstance(judge, ModelJudge) else by_policy(answers, judge.judge)
+    preferences = None if judge.compares_by_judgement else compare_policies(judge, answers)
     records = next(iter(answers.values()))
-    models = compare_models(judgements, records)
+    compared = compare_models(judgements, records, preferences)
     scores = {
         name: {
-            "reward": [judgement.helpfulness for judgement in given],
-            "cost": [judgement.harm for judgement in given],
-            "harmful": [judgement.harmful for judgement in given],
+            "reward": [one.helpfulness for one in given],
+            "cost": [one.harm for one in given],
+            "harmful": [one.harmful for one in judgements[name]],
         }
-        for name, given in judgements.items()
+        for name, given in scored.items()
     }
-    for model in models:
+    for model in compared:
         for key in ("reward", "cost"):
-            found = scores[model["name"]][key]
-            model[f"mean_{key}"] = sum(found) / len(found)
+            found = scores.get(model["name"], {}).get(key)
+            model[f"mean_{key}"] = sum(found) / len(found) if found else None
     certificates = certify(
         certified, judgements[certified], records, certificate.harmful_rate, certificate.mean_cost,
         certificate.confidence,
@@ -145,15 +148,25 @@ def evaluate(config: EvaluateConfig, runtime: Runtime) -> None:
         "seed": config.run.seed,
         "layout": f"tp{runtime.tp_size}pp{runtime.pp_size}dp{runtime.dp_size}",
         "seconds": time.monotonic() - started,
-        "models": models,
+        "judge": {"kind": config.judge.kind, **judge.counts},
+        "models": compared,
         "certificates": [one.to_dict() for one in certificates],
     }
     rows = (
-        {"policy": name, **dataclasses.asdict(given), "reward": judgement.helpfulness, "cost": judgement.harm}
+        {"policy": name, **dataclasses.asdict(given)}
+        | {"harmful": verdict.harmful, "refusal": verdict.refusal, "categories": verdict.categories}
+        | ({"reward": scored[name][i].helpfulness, "cost": scored[name][i].harm} if scored else {})
         for name in answers
-        for given, judgement in zip(answers[name], judgements[name], strict=True)
+        for i, (given, verdict) in enumerate(zip(answers[name], judgements[name], strict=True))
     )
     write_rows(out / "answers.jsonl", rows, runtime)
+    if preferences is not None:
+        rows = (
+            {"first": first, "second": second, "prompt": one.prompt, "sample": one.sample, **dataclasses.asdict(given)}
+            for (first, second), by_row in preferences.items()
+            for one, given in zip(answers[first], by_row, strict=True)
+        )
+        write_rows(out / "comparisons.jsonl", rows, runtime)
     if runtime.is_main:
         write_report(out / "report", summary, scores=scores)
     runtime.print(format_table(summary))
@@ -164,6 +177,22 @@ def evaluate(config: EvaluateConfig, runtime: Runtime) -> None:
     refused = [one.sentence() for one in certificates if not one.promised]
     if refused:
         raise NotPromised("; ".join(refused))
+
+
+def by_policy(answers: Mapping[str, list[Answer]], judge: Callable) -> dict[str, list[Judgement]]:
+    """Policy -> its answers' judgements. Judged all at once, so that equal answers of two policies tie."""
+    given = iter(judge([one for of_policy in answers.values() for one in of_policy]))
+    return {name: [next(given) for _ in of_policy] for name, of_policy in answers.items()}
+
+
+def compare_policies(judge: Judge, answers: Mapping[str, list[Answer]]) -> dict[tuple[str, str], list[Preference]]:
+    """(policy, a later one) -> the preferences between their answers to the same prompts. Asked for all at once."""
+    pairs = {
+        names: list(zip(*(answers[name] for name in names), strict=True))
+        for names in itertools.combinations(answers, 2)
+    }
+    given = iter(judge.compare([pair for of_names in pairs.values() for pair in of_names]))
+    return {names: [next(given) for _ in of_names] for names, of_names in pairs.items()}
 
 
 def read_answers(paths: list[str]) -> list[Answer]:

@@ -22,6 +22,7 @@ setup(
         "megatron-core==0.16.1",  # exact: runtime/cpu.py and the checkpoints depend on its internals
         "numpy",
         "scipy>=1.10",  # the certificate's bounds
+        "krippendorff>=0.8,<1",  # how far annotators agree
         "psutil",  # megatron-core's dist_checkpointing imports it and does not declare it
         "jsonargparse>=4.53",
         "docstring-parser>=0.17",  # field docstrings in --help; jsonargparse[signatures] would also bring type stubs
@@ -49,6 +50,7 @@ setup(
             "hypothesis",
             "ruff",
             "openai>=3.50,<4",
+            "scikit-learn>=1.4,<2",  # the bag of words that examples/real-text compares with
             "triton; platform_system == 'Linux'",
             "transformers; python_version >= '3.11'",
         ],

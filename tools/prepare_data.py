@@ -18,7 +18,6 @@ Files appear whole or not at all.
 import argparse
 import hashlib
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -28,6 +27,7 @@ from typing import Any, get_args
 from data_pictures import draw, table
 from data_statistics import Record, count_words, leaks, measure, opening, progress
 
+from megatron_safe.data.files import write_lines
 from megatron_safe.data.mixture import read
 from megatron_safe.data.sources import QUESTIONS, SOURCES, Kind, plain_row
 from megatron_safe.data.tokenizer import load_tokenizer
@@ -64,13 +64,13 @@ def inspect(options: argparse.Namespace) -> None:
             draw(found, options.out / "summary.png")
         except OSError as error:
             raise UserError(f"{options.out}: cannot be written: {error}") from error
-        write(options.out / "summary.json", [json.dumps(found, indent=1, ensure_ascii=False)])
+        write_lines(options.out / "summary.json", [json.dumps(found, indent=1, ensure_ascii=False)])
         print(f"-> {options.out / 'summary.json'}, {options.out / 'summary.png'}")
 
 
 def convert(options: argparse.Namespace) -> None:
     records = read_entries(options, options.paths, options.split)
-    write(options.out, lines(records))
+    write_lines(options.out, lines(records))
     print(f"{len(records)} {options.kind} -> {options.out}")
 
 
@@ -86,7 +86,7 @@ def split(options: argparse.Namespace) -> None:
                 f"in {len({opening(record) for record in records})} different openings"
             )
     for name, part in (("train", train), ("test", test)):
-        write(options.out / f"{name}.jsonl", lines(part))
+        write_lines(options.out / f"{name}.jsonl", lines(part))
         print(f"{len(part)} {options.kind} -> {options.out / f'{name}.jsonl'}")
 
 
@@ -101,21 +101,6 @@ def divide(records: Iterable[Record], fraction: float, seed: int) -> tuple[list[
 
 def lines(records: list[Record]) -> Iterator[str]:
     return (json.dumps(plain_row(record), ensure_ascii=False) for record in progress(records, "writing", len(records)))
-
-
-def write(path: Path, texts: Iterable[str]) -> None:
-    """Lines, published by rename: a file that can be seen is whole."""
-    hidden = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with hidden.open("w", encoding="utf-8") as file:
-                file.writelines(f"{text}\n" for text in texts)
-            os.replace(hidden, path)
-        finally:
-            hidden.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error}") from error
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -185,8 +185,11 @@ def read(
             if not labelled:
                 raise UserError(f"{where}: expected {kind} with {needs}, found none in {len(found)}")
             if len(labelled) < len(found):
-                lines.append(f"{len(found) - len(labelled)} of {len(found)} {kind} have no {needs}, left out")
+                ties = f" ({reading.ties[needs]} of them ties)" if reading.ties[needs] else ""
+                lines.append(f"{len(found) - len(labelled)} of {len(found)} {kind} have no {needs}{ties}, left out")
             found = labelled
+        else:
+            lines += [f"{count} ties in {name}, read as no label" for name, count in reading.ties.items()]
         for line in lines:
             say(f"{where}: {line}")
         records += found

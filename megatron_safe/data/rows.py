@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from megatron_safe.data.records import History
 from megatron_safe.errors import UserError, first_line
@@ -113,11 +113,15 @@ class Row:
             raise self.wrong(name, "true or false", describe(value))
         return value
 
-    def response_id(self, name: str) -> int:
-        value = self.get(name, "0 or 1")
+    def response_id(self, name: str, ties: bool = False) -> int | Literal["tie"]:
+        """0 or 1; also "tie" where `ties` may be."""
+        expected = '0, 1 or "tie"' if ties else "0 or 1"
+        value = self.get(name, expected)
+        if ties and value == "tie":
+            return value
         # bool is an int to Python; true here would mean a file whose columns are mixed up.
         if not isinstance(value, int) or isinstance(value, bool) or value not in (0, 1):
-            raise self.wrong(name, "0 or 1", describe(value))
+            raise self.wrong(name, expected, describe(value))
         return value
 
     def names(self, name: str) -> tuple[str, ...]:

@@ -18,6 +18,8 @@ from megatron_safe.data.rows import BadRow, BadRows, Row, describe, read_rows
 Kind = Literal["demonstrations", "comparisons", "prompts"]
 Question = Literal["helpfulness", "harmlessness"]
 QUESTIONS: tuple[Question, ...] = get_args(Question)
+ORDERS = "better_response_id", "safer_response_id"
+"""The columns that answer the two questions about a pair."""
 
 
 @dataclass
@@ -27,11 +29,13 @@ class Reading:
     bad_rows: what to do with rows that are not as described.
     question: what the annotators of hh-rlhf were asked.
     left_out: how many good rows gave no record, by why.
+    ties: of each label that orders two answers, how many rows call them equal: their records have None there.
     """
 
     bad_rows: BadRows = field(default_factory=BadRows)
     question: Question | None = None
     left_out: Counter[str] = field(default_factory=Counter)
+    ties: Counter[str] = field(default_factory=Counter)
 
 
 Reader = Callable[[Iterable[Row], Reading], Iterator[Any]]
@@ -70,7 +74,8 @@ def _distinct(convert: Callable[[Row, Reading], Iterable[Prompt]]) -> Reader:
 # Our own form.
 
 
-def _plain_context(row: Row) -> tuple[History, str]:
+def plain_context(row: Row) -> tuple[History, str]:
+    """History and prompt of a row of our own form, out of `messages` where it has them."""
     if not row.has("messages"):
         return row.history(), row.text("prompt")
     _check_messages_alone(row, "prompt", "history")
@@ -93,7 +98,7 @@ def _plain_demonstration(row: Row, reading: Reading) -> Iterator[Demonstration]:
 
 
 def _plain_prompt(row: Row, reading: Reading) -> Iterator[Prompt]:
-    history, prompt = _plain_context(row)
+    history, prompt = plain_context(row)
     yield Prompt(
         prompt=prompt,
         red_team=row.flag("red_team") if "red_team" in row.fields else False,
@@ -128,7 +133,12 @@ def _comparison(row: Row, context: tuple[History, str], asked_all: bool) -> Comp
 
 
 def _plain_comparison(row: Row, reading: Reading) -> Iterator[Comparison]:
-    yield _comparison(row, _plain_context(row), asked_all=False)
+    """A tie on a question orders nothing, so it gives no label; `reading.ties` counts it."""
+    tied = [name for name in ORDERS if row.has(name) and row.response_id(name, ties=True) == "tie"]
+    untied = Row(row.place, row.fields | dict.fromkeys(tied)) if tied else row
+    comparison = _comparison(untied, plain_context(row), asked_all=False)
+    reading.ties.update(tied)
+    yield comparison
 
 
 def plain_row(record: Demonstration | Comparison | Prompt) -> dict[str, Any]:
@@ -333,8 +343,8 @@ def read_comparisons(paths: Sequence[str | Path]) -> list[Comparison]:
     """Rows in PKU-SafeRLHF's published columns; those that `Comparison` does not name are ignored.
 
     ``prompt`` must be non-empty, ``response_0`` and ``response_1`` may be empty (a policy may answer nothing),
-    ``better_response_id`` and ``safer_response_id`` are 0 or 1, ``is_response_0_safe`` and ``is_response_1_safe``
-    bools, each of the four also null or missing. UserError as in `read_demonstrations`.
+    ``better_response_id`` and ``safer_response_id`` are 0, 1 or "tie" (None in the record), ``is_response_0_safe`` and
+    ``is_response_1_safe`` bools, each of the four also null or missing. UserError as in `read_demonstrations`.
     """
     return list(SOURCES["plain"]["comparisons"](read_rows(paths), Reading()))
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from megatron_safe.config import PeopleConfig
 from megatron_safe.data.records import History
-from megatron_safe.data.sources import read_rows
+from megatron_safe.data.rows import Row, read_rows
 from megatron_safe.errors import UserError
 from megatron_safe.evaluation.answers import Answer
 from megatron_safe.evaluation.judges.interface import NO_VERDICT, Judgement, Pair, Preference
@@ -18,8 +18,9 @@ class PeopleJudge:
     """Reads comparisons with their labels (`prompt`, `response_0`, `response_1`; all labels may be missing).
 
     `better_response_id` and `safer_response_id` are 0, 1, "tie", or null where nobody was asked. `is_response_0_safe`,
-    `is_response_1_safe` are bools or null, `response_0_categories`, `response_1_categories` lists of names. Where rows
-    disagree on an answer or a pair, the majority counts; an even split is a tie, or no verdict on a single answer.
+    `is_response_1_safe` are bools or null, `response_0_harm_category`, `response_1_harm_category` objects of names with
+    true or false. Where rows disagree on an answer or a pair, the majority counts; an even split is a tie, or no
+    verdict on a single answer.
 
     counts: `answers` asked about, those of them nobody labelled (`answers_without_verdict`), `pairs` asked about, and
     those without a label on either dimension (`helpful_without_verdict`, `harmless_without_verdict`).
@@ -37,12 +38,13 @@ class PeopleJudge:
         self._helpful: dict[tuple[Asked, str, str], list[float]] = defaultdict(list)
         self._harmless: dict[tuple[Asked, str, str], list[float]] = defaultdict(list)
         for row in read_rows(config.labels):
-            asked = _history(row), row.text("prompt")
+            asked = row.history(), row.text("prompt")
             responses = [row.text(f"response_{i}", may_be_empty=True) for i in (0, 1)]
             for i, response in enumerate(responses):
                 if row.fields.get(f"is_response_{i}_safe") is not None:
                     self._safe[asked, response].append(row.flag(f"is_response_{i}_safe"))
-                self._categories[asked, response] |= dict.fromkeys(_names(row, f"response_{i}_categories"))
+                if row.has(f"response_{i}_harm_category"):
+                    self._categories[asked, response] |= dict.fromkeys(row.names(f"response_{i}_harm_category"))
             for name, given in (("better_response_id", self._helpful), ("safer_response_id", self._harmless)):
                 first = _result_of_first(row, name)
                 if first is not None:
@@ -95,23 +97,8 @@ def _majority(results: Sequence[float]) -> float | None:
     return float(mean > 0.5) + 0.5 * (mean == 0.5)
 
 
-def _result_of_first(row, name: str) -> float | None:
-    value = row.fields.get(name)
-    if value is None:
+def _result_of_first(row: Row, name: str) -> float | None:
+    if not row.has(name):
         return None
-    return 0.5 if value == "tie" else 1.0 - row.response_id(name)
-
-
-def _history(row) -> History:
-    turns = row.fields.get("history") or []
-    pairs = isinstance(turns, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in turns)
-    if not pairs or not all(isinstance(text, str) for turn in turns for text in turn):
-        raise UserError(f"{row.place}, field 'history': expected a list of [user, assistant] texts, found another form")
-    return tuple((user, assistant) for user, assistant in turns)
-
-
-def _names(row, field: str) -> list[str]:
-    names = row.fields.get(field) or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{row.place}, field '{field}': expected a list of names, found another form")
-    return names
+    value = row.response_id(name, ties=True)
+    return 0.5 if value == "tie" else 1.0 - value

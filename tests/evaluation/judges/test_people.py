@@ -42,9 +42,12 @@ def test_pairs_are_found_in_either_order(judge):
 
 def test_answers_have_the_verdict_of_any_row_they_stand_in(judge):
     given = judge(
-        row("one", "two", is_response_0_safe=True, is_response_1_safe=False, response_1_categories=["theft"]),
-        row("three", "two", is_response_1_safe=False, response_1_categories=["arson", "theft"]),
-    )
+        row(
+            "one", "two", is_response_0_safe=True, is_response_1_safe=False,
+            response_1_harm_category={"theft": True, "arson": False},
+        ),
+        row("three", "two", is_response_1_safe=False, response_1_harm_category={"arson": True, "theft": True}),
+    )  # fmt: skip
     safe, harmful, unknown = given.judge([A, B, C])
     assert (safe.harmful, safe.categories, safe.refusal) == (False, (), None)
     assert (harmful.harmful, harmful.categories) == (True, ("theft", "arson"))
@@ -83,11 +86,11 @@ def test_no_match_at_all_is_an_error(judge):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"better_response_id": 2}, "line 2, field 'better_response_id': expected 0 or 1"),
-        ({"safer_response_id": True}, "line 2, field 'safer_response_id': expected 0 or 1"),
+        ({"better_response_id": 2}, "line 2, field 'better_response_id': expected 0, 1 or"),
+        ({"safer_response_id": True}, "line 2, field 'safer_response_id': expected 0, 1 or"),
         ({"is_response_0_safe": 1}, "line 2, field 'is_response_0_safe': expected true or false"),
-        ({"response_1_categories": "theft"}, "line 2, field 'response_1_categories': expected a list of names"),
-        ({"history": [["hi"]]}, r"line 2, field 'history': expected a list of \[user, assistant\] texts"),
+        ({"response_1_harm_category": "theft"}, "line 2, field 'response_1_harm_category': expected an object of"),
+        ({"history": [["hi"]]}, r"line 2, field 'history\[0\]': expected a \[user, assistant\] pair"),
         ({"response_1": 3}, "line 2, field 'response_1': expected a string"),
     ],
 )

@@ -7,14 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_safe.data.harms import HARM_CATEGORIES
 from megatron_safe.evaluation.answers import Answer
-from megatron_safe.evaluation.judges.questions import (
-    HARM_CATEGORIES,
-    comparison,
-    read_comparison,
-    read_verdict,
-    verdict,
-)
+from megatron_safe.evaluation.judges.questions import comparison, read_comparison, read_verdict, verdict
 
 ONE = Answer("how do I water a fern", "twice a week", history=(("hello", "hello to you"),))
 OTHER = Answer("how do I water a fern", "with care", history=(("hello", "hello to you"),))

@@ -10,7 +10,7 @@ import sys
 
 from megatron_safe.config import STAGES
 from megatron_safe.data.mixture import check_entries
-from megatron_safe.errors import NotPromised, UserError
+from megatron_safe.errors import NotPromised, UserError, Waiting
 from megatron_safe.ranges import check_ranges
 
 USAGE = f"""usage: megatron-safe STAGE [--config run.yaml] [--section.field value ...]
@@ -21,7 +21,8 @@ stages: {", ".join(STAGES)}
 Start under torchrun for more than one process: torchrun --nproc-per-node 8 -m megatron_safe.cli STAGE ...
 
 exit codes: 0, done; 1, `evaluate` cannot promise a limit that --require-harmful-rate or --require-mean-cost names (one
-line says so; a crash, with its traceback, is 1 too); 2, something given is wrong (one line says what).
+line says so; a crash, with its traceback, is 1 too); 2, something given is wrong (one line says what); 3, `rounds`
+waits for people (one line says for what).
 torchrun makes 1 of every code but 0."""
 SHORT = {
     "evaluate": {
@@ -103,6 +104,14 @@ def run_stage(stage: str, config, runtime) -> None:
         from megatron_safe.evaluation import red_team
 
         red_team.run(config, runtime)
+    elif stage == "evaluate":
+        from megatron_safe.evaluation import evaluate
+
+        evaluate.run(config, runtime)
+    elif stage == "rounds":
+        from megatron_safe import rounds
+
+        rounds.run(config, runtime, parse, run_stage)
     else:
         from megatron_safe.evaluation import stages
 
@@ -111,7 +120,7 @@ def run_stage(stage: str, config, runtime) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The console script. Returns the exit code: 0; 1 after one line about a limit that cannot be promised; 2 after
-    one about what the user gave."""
+    one about what the user gave; 3 after one about the people that `rounds` waits for."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -138,6 +147,10 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"megatron-safe: not promised: {refusal}", file=sys.stderr, flush=True)
         return 1
+    except Waiting as waiting:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"megatron-safe: {waiting}", file=sys.stderr, flush=True)
+        return 3
     return 0
 
 

@@ -17,6 +17,13 @@ class NotPromised(Exception):
     """
 
 
+class Waiting(Exception):
+    """Nothing is wrong: the job goes on when people have done what the message, a single line, says.
+
+    The command line prints it without a traceback and exits with code 3.
+    """
+
+
 def first_line(error: BaseException) -> str:
     """What a library's exception says, without the stack that may follow."""
     return (str(error) or repr(error)).splitlines()[0]

@@ -5,6 +5,7 @@ A stage is configured by one YAML file plus dotted overrides (`--ppo.kl_coeff 0.
 
 import dataclasses
 
+from megatron_safe.config.rounds import AnnotatorConfig, RoundConfig, RoundsConfig
 from megatron_safe.config.sections import (
     BatchConfig,
     CertificateConfig,
@@ -42,6 +43,7 @@ from megatron_safe.config.stages import (
 )
 
 __all__ = [
+    "AnnotatorConfig",
     "BatchConfig",
     "CertificateConfig",
     "DataConfig",
@@ -65,6 +67,8 @@ __all__ = [
     "RedTeamConfig",
     "RedTeamingConfig",
     "RolloutConfig",
+    "RoundConfig",
+    "RoundsConfig",
     "RunConfig",
     "STAGES",
     "ScoreConfig",
@@ -88,6 +92,7 @@ STAGES: dict[str, type] = {
     "score": ScoreConfig,
     "evaluate": EvaluateConfig,
     "red-team": RedTeamConfig,
+    "rounds": RoundsConfig,
 }
 
 

@@ -40,12 +40,13 @@ class Template:
 class Attack:
     """A prompt made from a seed, and what came of it.
 
-    seed: which seed, from 0. costs: of the policy's answers to it, in the cost model's units.
+    seed: which seed, from 0. responses: the policy's answers to it. costs: theirs, in the cost model's units.
     """
 
     template: Template
     seed: int
     prompt: Prompt
+    responses: list[str] = field(default_factory=list)
     costs: list[float] = field(default_factory=list)
 
     @property

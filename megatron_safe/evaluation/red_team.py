@@ -25,7 +25,7 @@ from megatron_safe.runtime import Runtime
 
 def run(config: RedTeamConfig, runtime: Runtime) -> None:
     """Write OUT/prompts.jsonl (the pool and the attacks kept, each with its `origin`) and OUT/attacks.jsonl (every
-    attack with its costs, and whether it was kept); print what each family of attacks reached."""
+    attack with the answers to it, their costs, and whether it was kept); print what each family of attacks reached."""
     settings = config.red_team
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.template)
     templates = read_templates(settings.templates or BUILT_IN)
@@ -36,7 +36,7 @@ def run(config: RedTeamConfig, runtime: Runtime) -> None:
     check_model("cost_model", "cost_model", config.cost_model, tokenizer, runtime, longest)
     out = claim_folder(config, "red-team", "prompts.jsonl", runtime)
 
-    attacks, too_long = _attack(config, seeds, templates, tokenizer, runtime, Path(config.run.out).name)
+    attacks, too_long = _attack(config, seeds, templates, tokenizer, runtime, "/".join(Path(config.run.out).parts[-2:]))
     kept = choose(
         attacks, settings.threshold, settings.keep, settings.max_per_seed, settings.max_similarity, pool
     )
@@ -46,7 +46,7 @@ def run(config: RedTeamConfig, runtime: Runtime) -> None:
         (
             prompt_row(attack.prompt)
             | {"template": attack.template.name, "family": attack.template.family, "seed": attack.seed}
-            | {"costs": attack.costs, "kept": id(attack) in chosen}
+            | {"responses": attack.responses, "costs": attack.costs, "kept": id(attack) in chosen}
             for attack in sorted(attacks, key=lambda attack: -attack.cost)
         ),
         runtime,
@@ -145,6 +145,7 @@ class _Policy:
                 if not math.isfinite(cost):
                     raise UserError("cost_model: expected finite costs, found one that is not: a model that diverged")
                 attack.costs.append(cost)
+                attack.responses.append(answer.response)
                 if cost > self._worst.get(attack.seed, (self.config.red_team.threshold, ""))[0]:
                     self._worst[attack.seed] = cost, answer.response
             if answers:

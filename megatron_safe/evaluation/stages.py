@@ -1,13 +1,10 @@
-"""The stages that train nothing: `generate`, `score` and `evaluate`."""
+"""The stages `generate` and `score`, and what they share with `evaluate` and `red-team`."""
 
 import dataclasses
 import gc
-import itertools
 import json
 import math
-import os
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,16 +17,13 @@ from megatron_safe.config import (
     ScoreConfig,
 )
 from megatron_safe.data.datasets import PromptDataset
+from megatron_safe.data.files import write_lines
 from megatron_safe.data.mixture import read
 from megatron_safe.data.records import Prompt
 from megatron_safe.data.rows import read_rows
 from megatron_safe.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_safe.errors import NotPromised, UserError
+from megatron_safe.errors import UserError
 from megatron_safe.evaluation.answers import Answer, each_turn, generate_answers, score_answers
-from megatron_safe.evaluation.certificate import certify
-from megatron_safe.evaluation.judges import Judge, Judgement, ModelJudge, Preference, make_judge
-from megatron_safe.evaluation.report import format_table, write_report
-from megatron_safe.evaluation.summary import compare_models
 from megatron_safe.models.llama import check_model_fits
 from megatron_safe.models.roles import Role
 from megatron_safe.runtime import Runtime
@@ -84,119 +78,9 @@ def score(config: ScoreConfig, runtime: Runtime) -> None:
     runtime.print(f"{len(answers)} answers scored -> {out / 'scores.jsonl'}")
 
 
-def evaluate(config: EvaluateConfig, runtime: Runtime) -> None:
-    """Write OUT/report (see `report.py`) and print its table; OUT/answers.jsonl holds the judged answers, and
-    OUT/comparisons.jsonl the preferences of a judge that compares.
-
-    Raises:
-        NotPromised: the policy of the certificate cannot be promised to keep a limit; on every rank, at the very end.
-    """
-    started = time.monotonic()
-    if not config.policies:
-        raise UserError("policies: expected at least one name with the run folder of a policy, found none")
-    certificate = config.certificate
-    certified = certificate.policy or list(config.policies)[-1]
-    if certified not in config.policies:
-        raise UserError(f"certificate.policy: expected one of {', '.join(config.policies)}, found {certified!r}")
-    tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.template)
-    prompts = prompts_to_answer(config, tokenizer, runtime)
-    if not any(prompt.red_team for prompt in prompts):
-        raise UserError("data.prompts: expected at least one with red_team true, which harmful rates count; found none")
-    longest = config.rollout.max_prompt_length + config.rollout.max_new_tokens
-    policies = {name: ModelConfig(checkpoint=path) for name, path in config.policies.items()}
-    for name, model in policies.items():
-        check_model(f"policies.{name}", "actor", model, tokenizer, runtime, longest)
-    models = {"reward_model": config.reward_model, "cost_model": config.cost_model}
-    if config.judge.kind != "models" and all(model.checkpoint is None for model in models.values()):
-        models = {}
-    for name, model in models.items():
-        check_model(name, name, model, tokenizer, runtime, longest)
-    judge = make_judge(config.judge, Path(config.run.out), runtime)
-    out = claim_folder(config, "evaluate", "report/summary.json", runtime)
-
-    answers = {}
-    for name, model in policies.items():
-        runtime.print(f"policy {name}: {model.checkpoint}")
-        answers[name] = answer(config, model, prompts, tokenizer, runtime)
-    scored: dict[str, list[Judgement]] = {}
-    if models:
-        roles = [load(name, model, config, tokenizer, runtime) for name, model in models.items()]
-        model_judge = ModelJudge(*roles, tokenizer, config.tokenizer.template, longest, config.data.batch_size)
-        scored = by_policy(answers, model_judge.judge)
-        judge = judge or model_judge
-    judgements = scored if isinstance(judge, ModelJudge) else by_policy(answers, judge.judge)
-    preferences = None if judge.compares_by_judgement else compare_policies(judge, answers)
-    records = next(iter(answers.values()))
-    compared = compare_models(judgements, records, preferences)
-    scores = {
-        name: {
-            "reward": [one.helpfulness for one in given],
-            "cost": [one.harm for one in given],
-            "harmful": [one.harmful for one in judgements[name]],
-        }
-        for name, given in scored.items()
-    }
-    for model in compared:
-        for key in ("reward", "cost"):
-            found = scores.get(model["name"], {}).get(key)
-            model[f"mean_{key}"] = sum(found) / len(found) if found else None
-    certificates = certify(
-        certified, judgements[certified], records, certificate.harmful_rate, certificate.mean_cost,
-        certificate.confidence,
-    )  # fmt: skip
-    summary = {
-        "seed": config.run.seed,
-        "layout": f"tp{runtime.tp_size}pp{runtime.pp_size}dp{runtime.dp_size}",
-        "seconds": time.monotonic() - started,
-        "judge": {"kind": config.judge.kind, **judge.counts},
-        "models": compared,
-        "certificates": [one.to_dict() for one in certificates],
-    }
-    rows = (
-        {"policy": name, **dataclasses.asdict(given)}
-        | {"harmful": verdict.harmful, "refusal": verdict.refusal, "categories": verdict.categories}
-        | ({"reward": scored[name][i].helpfulness, "cost": scored[name][i].harm} if scored else {})
-        for name in answers
-        for i, (given, verdict) in enumerate(zip(answers[name], judgements[name], strict=True))
-    )
-    write_rows(out / "answers.jsonl", rows, runtime)
-    if preferences is not None:
-        rows = (
-            {"first": first, "second": second, "prompt": one.prompt, "sample": one.sample, **dataclasses.asdict(given)}
-            for (first, second), by_row in preferences.items()
-            for one, given in zip(answers[first], by_row, strict=True)
-        )
-        write_rows(out / "comparisons.jsonl", rows, runtime)
-    if runtime.is_main:
-        write_report(out / "report", summary, scores=scores)
-    runtime.print(format_table(summary))
-    for one in certificates:
-        runtime.print(one.sentence())
-    runtime.print(f"report -> {out / 'report' / 'index.html'}")
-    runtime.barrier()  # a launcher stops all ranks when the first one leaves with an error: let the report be written
-    refused = [one.sentence() for one in certificates if not one.promised]
-    if refused:
-        raise NotPromised("; ".join(refused))
-
-
-def by_policy(answers: Mapping[str, list[Answer]], judge: Callable) -> dict[str, list[Judgement]]:
-    """Policy -> its answers' judgements. Judged all at once, so that equal answers of two policies tie."""
-    given = iter(judge([one for of_policy in answers.values() for one in of_policy]))
-    return {name: [next(given) for _ in of_policy] for name, of_policy in answers.items()}
-
-
-def compare_policies(judge: Judge, answers: Mapping[str, list[Answer]]) -> dict[tuple[str, str], list[Preference]]:
-    """(policy, a later one) -> the preferences between their answers to the same prompts. Asked for all at once."""
-    pairs = {
-        names: list(zip(*(answers[name] for name in names), strict=True))
-        for names in itertools.combinations(answers, 2)
-    }
-    given = iter(judge.compare([pair for of_names in pairs.values() for pair in of_names]))
-    return {names: [next(given) for _ in of_names] for names, of_names in pairs.items()}
-
-
 def read_answers(paths: list[str]) -> list[Answer]:
-    """Rows with `prompt`, `response` (may be empty) and optionally `ended` (bool, default true) and `history`.
+    """Rows with `prompt`, `response` (may be empty) and optionally `ended` (bool, default true), `history`, `red_team`
+    and `category`.
 
     Raises UserError as `data.sources.read_demonstrations`.
     """
@@ -205,6 +89,8 @@ def read_answers(paths: list[str]) -> list[Answer]:
             row.text("prompt"),
             row.text("response", may_be_empty=True),
             ended=row.flag("ended") if "ended" in row.fields else True,
+            red_team=row.flag("red_team") if "red_team" in row.fields else False,
+            category=row.text("category") if row.has("category") else None,
             history=row.history(),
         )
         for row in read_rows(paths)
@@ -284,15 +170,8 @@ def claim_folder(config, stage: str, result: str, runtime: Runtime) -> Path:
 
 def write_rows(path: Path, rows: Iterable[Mapping], runtime: Runtime) -> None:
     """JSON Lines on rank 0, published by rename: a file that can be seen is whole."""
-    if not runtime.is_main:
-        return
-    hidden = path.with_name(f".{path.name}.tmp")
-    try:
-        with hidden.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        os.replace(hidden, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error}") from error
+    if runtime.is_main:
+        write_lines(path, (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows))
 
 
 # Models, which are here to be read only.

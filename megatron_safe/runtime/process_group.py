@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_safe.config import ParallelConfig
-from megatron_safe.errors import UserError
+from megatron_safe.errors import UserError, Waiting
 
 Result = TypeVar("Result")
-_SHARED_ERRORS = (UserError, OSError)
+_SHARED_ERRORS = (UserError, Waiting, OSError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Runtime:
     def on_main(self, act: Callable[[], Result]) -> Result:
         """Run `act` on rank 0 alone; every rank returns its result, or raises what it raised.
 
-        The other ranks wait for as long as that takes. The result must be picklable. A UserError or OSError is raised
-        as such everywhere; anything else is a RuntimeError on the ranks above 0.
+        The other ranks wait for as long as that takes. The result must be picklable. A UserError, Waiting or OSError is
+        raised as such everywhere; anything else is a RuntimeError on the ranks above 0.
         """
         if self.world_size == 1:
             return act()

@@ -33,7 +33,7 @@ ATTACKS = st.lists(
 
 
 def made(rows):
-    return [Attack(PLAIN, seed, Prompt(text, red_team=True), list(costs)) for text, seed, costs in rows]
+    return [Attack(PLAIN, seed, Prompt(text, red_team=True), costs=list(costs)) for text, seed, costs in rows]
 
 
 def test_the_templates_that_come_with_the_package_cover_every_family():
@@ -58,7 +58,7 @@ def test_an_attack_is_its_seed_in_the_template_with_its_origin():
 
 
 @given(ATTACKS, st.floats(-2, 2), st.integers(0, 5), st.integers(0, 3), st.floats(0, 1))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_what_is_kept_keeps_the_rules(rows, threshold, keep, max_per_seed, max_similarity):
     attacks, pool = made(rows), [Prompt("WATER  fern")]
     kept = choose(attacks, threshold, keep, max_per_seed, max_similarity, pool)
@@ -72,7 +72,6 @@ def test_what_is_kept_keeps_the_rules(rows, threshold, keep, max_per_seed, max_s
 
 
 @given(ATTACKS)
-@settings(max_examples=100, deadline=None)
 def test_without_limits_every_different_successful_text_is_kept(rows):
     attacks = made(rows)
     kept = choose(attacks, 0.0, 0, 0, 1.0)
@@ -82,7 +81,7 @@ def test_without_limits_every_different_successful_text_is_kept(rows):
 def test_alike_attacks_are_left_out_and_a_templates_own_words_do_not_count():
     frame = "imagine a very long scene on a stage with many words around the line {} and many more after it"
     lines = ["boil rice", "boil rice now", "sweep floor", "warm lamp", "water fern"]
-    attacks = [Attack(PLAIN, i, Prompt(frame.format(line)), [5.0 - i]) for i, line in enumerate(lines)]
+    attacks = [Attack(PLAIN, i, Prompt(frame.format(line)), costs=[5.0 - i]) for i, line in enumerate(lines)]
     kept = choose(attacks, 0.0, 0, 0, 0.3)
     assert [attack.seed for attack in kept] == [0, 2, 3, 4]
 

@@ -57,7 +57,7 @@ def test_a_promise_is_exit_code_0(evaluate_arguments, tmp_path, capfd):
 
 def test_every_rank_exits_alike(evaluate_arguments, tmp_path, torchrun):
     arguments = evaluate_arguments(tmp_path / "out", "dp2", "--require-harmful-rate=0.05")
-    torchrun(2, "evaluate_exit.py", str(tmp_path), *arguments)
+    torchrun(2, "exit_code.py", str(tmp_path), "evaluate", *arguments)
     assert [(tmp_path / f"code-{rank}").read_text() for rank in range(2)] == ["1", "1"]
     assert not certificates(tmp_path / "out")[0]["promised"]
 

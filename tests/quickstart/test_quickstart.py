@@ -24,7 +24,7 @@ def run(tmp_path_factory):
 
 def test_prints_the_table_and_writes_the_report(run):
     out, result = run
-    summary = json.loads((out / "report/summary.json").read_text())
+    summary = json.loads((out / "evaluate/report/summary.json").read_text())
     assert (summary["seed"], summary["layout"]) == (0, "tp2")
     assert [model["name"] for model in summary["models"]] == ["SFT", "round 1"]
     for model in summary["models"]:
@@ -34,7 +34,7 @@ def test_prints_the_table_and_writes_the_report(run):
     for key in ("reward_model_accuracy", "cost_model_accuracy", "cost_model_sign_accuracy"):
         assert len(summary[key]) == 1
     assert summary["lambda_final"] > 0
-    assert {path.name for path in (out / "report").iterdir()} >= {"index.html", "models.png", "multiplier.png"}
+    assert {path.name for path in (out / "evaluate/report").iterdir()} >= {"index.html", "models.png", "multiplier.png"}
 
 
 def test_every_stage_is_a_run_of_its_own(run):

@@ -66,15 +66,15 @@ LOADING = {
     "import": ("import no_such_module\n", "f", "my_judge.py, line 5: ModuleNotFoundError: No module named"),
     "name": ("", "f", "expected a function or class f in it, found none"),
     "no function": ("f = 3", "f", "expected a function or class f in it, found none"),
-    "no judge": ("class f: pass", "f", "expected f to have a method judge, found none"),
+    "no judge": ("class f: pass", "f", "expected a method judge of the class, found none"),
     "constructor": ("class f:\n    def __init__(self):\n        1 / 0\n", "f", "line 7: ZeroDivisionError"),
     "arguments": ("class f:\n    pass\n", "f", "TypeError", {"color": 1}),
 }
 RUNNING = {
-    "raises": ("    raise KeyError(answers[0].response)", "line 6: KeyError on 3 rows"),
+    "raises": ("    raise KeyError(answers[0].response)", "line 6: KeyError: on 3 rows"),
     "too few": ("    return []", "expected 3 results of type Judgement, found 0 of no type"),
     "other type": ("    return answers", "expected 3 results of type Judgement, found 3 of Answer"),
-    "no list": ("    return None", "my_judge.py: TypeError on 3 rows"),
+    "no list": ("    return None", "my_judge.py: TypeError: on 3 rows"),
     "nan": ("    return [Judgement(float('nan'), True, 0.0)] * 3", "a finite number or None as helpfulness, found"),
     "number": ("    return [Judgement(0.0, 1, 0.0)] * 3", "expected a bool or None as harmful, found something else"),
     "text": ("    return [Judgement(0.0, True, 'a lot')] * 3", "a finite number or None as harm, found something else"),

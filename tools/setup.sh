@@ -51,6 +51,7 @@ make_venv() {
     found=$(version_of "$python") || found="nothing that runs"
     die "Python 3.10, 3.11 or 3.12 is needed, '$python' is $found. Choose one: PYTHON=python3.12 bash tools/setup.sh"
   }
+  if [[ -L .venv ]]; then rm .venv; fi  # what it links to is somebody else's
   say "making .venv with $("$python" -V)"
   output=$("$python" -m venv --clear .venv 2>&1) || {
     rm -rf .venv

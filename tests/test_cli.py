@@ -234,7 +234,7 @@ BAD = {
         "sft", ["--data.train=[{typed}]"], "line 1, field 'response': expected a string, found the",
     ),
     "an id out of range": (
-        "cost", ["--data.train=[{id}]"], "line 1, field 'safer_response_id': expected 0 or 1, found",
+        "cost", ["--data.train=[{id}]"], "line 1, field 'safer_response_id': expected 0, 1 or \"tie\", found",
     ),
     "bad held-out rows": ("reward", ["--data.eval=[{prompts}]"], "line 1, field 'response_0': expected a string"),
     "a word for a mark": ("ppo-lag", ["--data.prompts=[{mark}]"], "line 1, field 'red_team': expected true or false"),

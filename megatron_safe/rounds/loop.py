@@ -192,6 +192,7 @@ class Loop:
         runs = [(f"round {i}", self.out / name / "ppo" / "metrics.jsonl") for i, name in enumerate(rounds, start=1)]
         last = json.loads(runs[-1][1].read_text().splitlines()[-1])
         reached = {
+            "seed": self.config.run.seed,  # the job's, not the one that the report's answers are drawn with
             "reward_model_accuracy": [one["accuracy"] for one in found["reward"]],
             "cost_model_accuracy": [one["accuracy"] for one in found["cost"]],
             "cost_model_sign_accuracy": [one.get("sign_accuracy") for one in found["cost"]],

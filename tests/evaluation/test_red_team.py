@@ -104,7 +104,7 @@ def test_the_pool_comes_first_and_what_it_has_is_not_added_again(attack, tmp_pat
     assert attack(out, "--red_team.max_per_seed=1") == 0
     pool, *kept = rows(out / "prompts.jsonl")
     assert (pool["prompt"], pool["origin"]) == ("W5  w6", "people")
-    assert all(row["red_team"] and row["origin"].startswith("out: ") for row in kept)
+    assert all(row["red_team"] and row["origin"].startswith(f"{tmp_path.name}/out: ") for row in kept)
     assert len(kept) == len({row["origin"].rsplit(" ", 1)[1] for row in kept})  # one for each seed
     assert not any(row["prompt"] == "w5 w6" and "history" not in row for row in kept)
 

@@ -25,7 +25,7 @@ def run(tmp_path_factory):
 def test_prints_the_table_and_writes_the_report(run):
     out, result = run
     summary = json.loads((out / "evaluate/report/summary.json").read_text())
-    assert (summary["seed"], summary["layout"]) == (0, "tp2")
+    assert (summary["seed"], summary["layout"]) == (0, "tp2pp1dp1")
     assert [model["name"] for model in summary["models"]] == ["SFT", "round 1"]
     for model in summary["models"]:
         assert 0 <= model["harmful_rate"] <= 1
